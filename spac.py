@@ -178,6 +178,23 @@ def spac_t(pi: Tensor, critic, eta: float | Tensor, rounds: int):
         pi = mirror_step(pi, f, eta)
 
 
+class FiniteCritic:
+    """Eq. 7 over a finite class F of any functions: the exact minimiser for each run.
+
+    functions: (F, X, A), values in [0, R]; wins: (..., X, A, A); lam: a number or (...).
+    """
+
+    def __init__(self, functions: Tensor, wins: Tensor, lam: float | Tensor):
+        self.functions, (self.prompts, self.muhat) = functions, data_policy(wins)
+        fits = torch.stack([data_fit(f, wins) for f in functions], -1)
+        self.penalty = torch.as_tensor(lam).unsqueeze(-1) * fits  # (..., F)
+
+    def __call__(self, pi: Tensor) -> Tensor:
+        v = self.prompts.unsqueeze(-1) * (pi - self.muhat)
+        values = torch.einsum("...xa,fxa->...f", v, self.functions) + self.penalty
+        return self.functions[values.argmin(-1)]
+
+
 def mixture(policies) -> Tensor:
     """Eq. 9: the response distribution of "draw t uniformly, then answer with pi_t". (..., X, A)"""
     mean = None

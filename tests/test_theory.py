@@ -1,0 +1,921 @@
+"""The theory is executable: both sides of each numbered inequality of theory.md, on random cases.
+
+Deterministic claims must hold in every case. A claim "with probability 1 - delta" may fail in as
+many label draws as a binomial law of that delta exceeds with probability 1e-6 (`allowed`). Each
+test has a negative control: with one thing spoilt, the claim must fail.
+"""
+
+import itertools
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate, linalg, optimize, stats
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import spac  # noqa: E402
+import toy_bandit as bandit  # noqa: E402
+
+DELTA = 0.05
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(2406)
+
+
+def sigmoid(a):
+    return 1 / (1 + np.exp(-np.asarray(a, float)))
+
+
+def slope(a):
+    return sigmoid(a) * sigmoid(-np.asarray(a, float))
+
+
+def divergence(a, b):
+    """D(a, b) from its definition: -2 log sum over s of sqrt(p_a(s) p_b(s))."""
+    overlap = np.sqrt(sigmoid(a) * sigmoid(b)) + np.sqrt(sigmoid(-a) * sigmoid(-b))
+    return -2 * np.log(overlap)
+
+
+def differences(t: Tensor) -> Tensor:
+    return t.unsqueeze(-1) - t.unsqueeze(-2)
+
+
+def allowed(runs: int, delta: float) -> int:
+    """Failures that delta explains: more of them have probability below 1e-6."""
+    return int(stats.binom.isf(1e-6, runs, delta))
+
+
+def random_policies(rng, *shape: int) -> Tensor:
+    return torch.tensor(rng.dirichlet(np.full(shape[-1], 0.5), shape[:-1]))
+
+
+def relabel(wins: Tensor, reward: Tensor, rng, draws: int) -> Tensor:
+    """Fresh labels for the same prompts and responses: (draws, ..., X, A, A)."""
+    pairs = (wins + wins.mT).triu(1).numpy()
+    p = differences(reward).sigmoid().numpy()
+    won = rng.binomial(pairs.astype(int), p, size=(draws, *pairs.shape))
+    ties = torch.diag_embed(wins.diagonal(dim1=-2, dim2=-1))
+    won, pairs = torch.tensor(won).double(), torch.tensor(pairs)
+    return won + (pairs - won).mT + ties
+
+
+def box_gamma(instance, wins: Tensor, pi: Tensor, lam) -> Tensor:
+    """Gamma(pi) over the box, rounded up by the critic's certified gap. (...)"""
+    critic = bandit.Critic(wins, lam, instance.R, tolerance=1e-9)
+    pi = pi.expand(wins.shape[:-1])
+    least = spac.critic_objective(pi, critic(pi), wins, lam) - critic.gap
+    return spac.critic_objective(pi, instance.reward, wins, lam) - least
+
+
+def matrices(instance, wins: Tensor) -> tuple[np.ndarray, ...]:
+    """A and G of one run as full (XA, XA) matrices, summed pair by pair, and n."""
+    X, responses = instance.reward.shape
+    A, G, n = np.zeros((X * responses,) * 2), np.zeros((X * responses,) * 2), wins.sum().item()
+    for x, a, c in itertools.product(range(X), range(responses), range(responses)):
+        z = np.zeros(X * responses)
+        z[x * responses + a] += 1
+        z[x * responses + c] -= 1
+        margin = (instance.reward[x, a] - instance.reward[x, c]).item()
+        top = instance.R * (1 if margin >= 0 else -1)
+        c_a = divergence(margin, top) / (margin - top) ** 2
+        G += wins[x, a, c].item() / n * np.outer(z, z)
+        A += wins[x, a, c].item() / n * c_a * np.outer(z, z)
+    return A, G, n
+
+
+def comparator_vector(instance, wins: Tensor, pi: Tensor) -> np.ndarray:
+    prompts, muhat = spac.data_policy(wins)
+    return (prompts.unsqueeze(-1) * (pi - muhat)).flatten().numpy()
+
+
+# -------------------------------------------------------- setting
+
+
+def test_labels_follow_the_bradley_terry_model(rng):
+    """Eq. 1: the share of wins is sigmoid of the reward difference, not of its negative."""
+    worlds = bandit.random_instances(5, rng)
+    wins = bandit.sample_wins(worlds, 400_000, rng)
+    pairs, p = wins + wins.mT, differences(worlds.reward).sigmoid()
+    deviation = (wins - pairs * p) / (pairs * p * (1 - p)).sqrt()
+    distinct = ~torch.eye(5, dtype=torch.bool).expand_as(deviation)
+    assert deviation[distinct].abs().max() < 5.5
+    flipped = (wins.mT - pairs * p) / (pairs * p * (1 - p)).sqrt()
+    assert flipped[distinct].abs().max() > 50
+
+
+def test_win_counts_give_the_objective_summed_triple_by_triple(rng):
+    """Eq. 2, 3, 4: counts replace triples; the baseline cancels c(x), nothing else does."""
+    X, A, n, lam = 3, 4, 50, 2.0
+    for _ in range(100):
+        f, pi = rng.uniform(0, 2, (X, A)), rng.dirichlet(np.ones(A), X)
+        wins, value, fit, no_baseline, shift = (
+            np.zeros((X, A, A)),
+            0.0,
+            0.0,
+            0.0,
+            rng.normal(size=X),
+        )
+        for _ in range(n):
+            x, won, lost = rng.integers(X), rng.integers(A), rng.integers(A)
+            wins[x, won, lost] += 1
+            value += (pi[x] @ f[x] - (f[x, won] + f[x, lost]) / 2) / n
+            fit -= np.log(sigmoid(f[x, won] - f[x, lost])) / n
+            no_baseline += shift[x] / n
+        t = [torch.tensor(a) for a in (pi, f, wins)]
+        assert spac.critic_objective(*t, lam).item() == pytest.approx(value + lam * fit, abs=1e-12)
+        moved = spac.critic_objective(t[0], t[1] + torch.tensor(shift)[:, None], t[2], lam)
+        assert moved.item() == pytest.approx(value + lam * fit, abs=1e-12)
+        assert abs(no_baseline) > 1e-9  # what the same shift would add to E f(x, pi) alone
+
+
+def test_concentrability_is_at_most_half_chi_square_with_equality_as_stated(rng):
+    """Eq. 5, 12: an independent least-squares supremum over the cone; and 2.25 a^2 < 3 a^2."""
+
+    def supremum(mu, pi, reward, R):  # over all prompts at once: they share one sign
+        w, root = (pi / mu - 1).ravel(), np.sqrt(mu / len(mu)).ravel()
+        centre = [np.eye(len(row)) - np.outer(np.ones(len(row)), row) for row in mu]
+        M = np.sqrt(2) * root[:, None] * linalg.block_diag(*centre)
+        r = reward.ravel()
+        low, high = np.where(r == 0, 0.0, -np.inf), np.where(r == R, 0.0, np.inf)
+        best = 0.0
+        for s in (1, -1):  # max over h of 2 s L(h) - |h|^2 = |t|^2 - min |M h - t|^2
+            t = s * root * w / np.sqrt(2)
+            fit = optimize.lsq_linear(M, t, (low, high), method="bvls", tol=1e-14)
+            best = max(best, t @ t - 2 * fit.cost)
+        return best, 2 * (root * w / np.sqrt(2)) @ (root * w / np.sqrt(2))
+
+    def equality(mu, pi, reward, R):
+        w = pi / mu - 1
+        return any(
+            all(
+                min(s * row[r == 0], default=np.inf) >= max(s * row[r == R], default=-np.inf)
+                for row, r in zip(w, reward)
+            )
+            for s in (1, -1)
+        )
+
+    met = {True: 0, False: 0}
+    for k in range(400):
+        X, A, R = int(rng.integers(1, 4)), int(rng.integers(2, 6)), 2.0
+        mu, pi = rng.dirichlet(np.full(A, 2.0), X), rng.dirichlet(np.ones(A), X)
+        reward = rng.choice([0.0, 0.7, R], (X, A), p=[0.4, 0.2, 0.4])
+        if k % 3 == 0:
+            pi = np.eye(A)[reward.argmax(1)]
+            assert equality(mu, pi, reward, R)
+        C, chi2 = supremum(mu, pi, reward, R)
+        holds = equality(mu, pi, reward, R)
+        met[holds] += 1
+        assert C <= chi2 / 2 * (1 + 1e-9)
+        assert (C >= chi2 / 2 * (1 - 1e-9)) == holds
+    assert min(met.values()) > 50  # the control: equality does fail where the condition does
+    a = 0.2
+    mu, pi = np.full((1, 3), 1 / 3), np.array([[1 / 3 - a, 1 / 3, 1 / 3 + a]])
+    C, chi2 = supremum(mu, pi, np.array([[0.0, 2.0, 0.0]]), 2.0)
+    assert (C, chi2 / 2) == (pytest.approx(2.25 * a * a), pytest.approx(3 * a * a))
+
+
+def test_the_bandits_supremum_agrees_with_half_chi_square_where_rewards_are_interior(rng):
+    """Eq. 12: toy_bandit's solver; a reward at the edge of the box makes it smaller."""
+    worlds = bandit.random_instances(100, rng)
+    pi = random_policies(rng, 100, 2, 5)
+    ratio = bandit.coverage_supremum(worlds, pi) / bandit.half_chi2(worlds, pi)
+    assert (ratio - 1).abs().max() < 1e-6
+    edged = worlds._replace(reward=torch.tensor(rng.choice([0.0, 2.0], (100, 2, 5))))
+    assert (bandit.coverage_supremum(edged, pi) / bandit.half_chi2(worlds, pi)).min() < 0.9
+
+
+# -------------------------------------------------------- the deterministic core
+
+
+def finite_games(rng, count: int, size: int, n: int):
+    """Random worlds, data, and classes F (size, count, X, A) whose first member is r*."""
+    worlds = bandit.random_instances(count, rng, X=2, A=4)
+    F = torch.tensor(rng.uniform(0, worlds.R, (size, count, 2, 4)))
+    F[0] = worlds.reward
+    return worlds, bandit.sample_wins(worlds, n, rng), F
+
+
+def test_the_deterministic_core_holds_for_every_data_set_and_comparator(rng):
+    """Eq. 6, 7, 9, 10: (D) on random games; a flattering critic or F without r* breaks it."""
+    count, rounds = 400, 12
+    worlds, wins, F = finite_games(rng, count, 6, 15)
+    lam = torch.tensor(rng.uniform(0.05, 5, count))
+    eta = torch.tensor(rng.uniform(0.1, 3, count))[:, None, None]
+    pi = random_policies(rng, count, 2, 4)
+    prompts, _ = spac.data_policy(wins)
+
+    def excess(members: Tensor, sign: int) -> Tensor:
+        """Left side minus right side of (D), with the critic's sign."""
+
+        def critic(pi_t):
+            psi = spac.critic_objective(pi_t, members, wins, lam)
+            return members[(sign * psi).argmin(0), torch.arange(count)]
+
+        policies, regret = [], 0.0
+        for pi_t, f in spac.spac_t(worlds.mu, critic, eta, rounds):
+            policies.append(pi_t)
+            regret = regret + (prompts * ((pi - pi_t) * f).sum(-1)).sum(-1) / rounds
+        mix = spac.mixture(policies)
+        assert torch.allclose(mix, torch.stack(policies).mean(0), atol=1e-14)
+        gap = (prompts * ((pi - mix) * worlds.reward).sum(-1)).sum(-1)
+        at_truth = spac.critic_objective(pi, worlds.reward, wins, lam)
+        gamma = at_truth - spac.critic_objective(pi, members, wins, lam).amin(0)
+        return gap - regret - gamma
+
+    assert excess(F, 1).max() <= 1e-12
+    assert (excess(F, -1) > 1e-6).sum() > 20  # the sign flipped
+    assert (excess(F[1:], 1) > 1e-6).sum() > 20  # r* not in F
+
+
+def test_any_policy_is_as_good_as_its_pessimistic_value_up_to_gamma(rng):
+    """Eq. 6, 10: J(pi) - J(pi') <= Gamma(pi) + Psi(pi) - Psi(pi'); not so without Gamma."""
+    worlds, wins, F = finite_games(rng, 500, 6, 15)
+    prompts, _ = spac.data_policy(wins)
+    first, second = random_policies(rng, 500, 2, 4), random_policies(rng, 500, 2, 4)
+
+    def pessimistic(p):
+        return spac.critic_objective(p, F, wins, 0.5).amin(0)
+
+    gap = (prompts * ((first - second) * worlds.reward).sum(-1)).sum(-1)
+    gamma = spac.critic_objective(first, worlds.reward, wins, 0.5) - pessimistic(first)
+    assert gamma.min() >= 0
+    rise = pessimistic(first) - pessimistic(second)
+    assert (gap - gamma - rise).max() <= 1e-12
+    assert (gap - rise).max() > 0.05
+    half = pessimistic((first + second) / 2)  # Psi is concave
+    assert (half - (pessimistic(first) + pessimistic(second)) / 2).min() >= -1e-12
+
+
+def test_hedge_regret_is_bounded_whatever_the_critic_says(rng):
+    """Eq. 8, 11: any f_t in [0, R]; with R^2/8 cut by a tenth the bound fails; eta is the best."""
+    rounds, R = 30, 2.0
+    for trial in range(200):
+        start = torch.tensor(rng.dirichlet(np.ones(4), 1))
+        pi = torch.tensor(rng.dirichlet(np.full(4, 0.3), 1))
+        eta = float(np.exp(rng.uniform(-3, 2)))
+        kl = (pi * (pi / start).clamp(min=1e-300).log()).sum().item()
+
+        def critic(pi_t, adversary=trial % 2, pi=pi):  # odd trials: rewards against the comparator
+            if adversary:
+                return R * (pi_t <= pi).double()
+            return torch.tensor(rng.uniform(0, R, (1, 4)))
+
+        regret = sum(
+            ((pi - p) * f).sum().item() for p, f in spac.spac_t(start, critic, eta, rounds)
+        )
+        assert regret / rounds <= kl / (eta * rounds) + eta * R * R / 8 + 1e-12
+        best = math.sqrt(8 * kl / (rounds * R * R))
+        right = [kl / (e * rounds) + e * R * R / 8 for e in (best, 0.9 * best, 1.1 * best)]
+        assert right[0] == pytest.approx(R * math.sqrt(kl / (2 * rounds))) and right[0] == min(
+            right
+        )
+    eta, start = 0.1, torch.tensor([[0.5, 0.5]]).double()  # Hoeffding's lemma is nearly tight here
+    f = torch.tensor([[0.0, R]]).double()
+    pi = spac.mirror_step(start, f, eta)
+    kl = (pi * (pi / start).log()).sum().item()
+    regret = ((pi - start) * f).sum().item()
+    assert 0.9 * eta * R * R / 8 + kl / eta < regret <= eta * R * R / 8 + kl / eta
+
+
+# -------------------------------------------------------- the lemma and the constants
+
+
+def label_law(wins: Tensor, reward: Tensor):
+    """Every labelling of a few pairs: logits a_i, z_i, signs (labellings, n), probabilities."""
+    X, A = reward.shape
+    z = []
+    for x, a, c in itertools.product(range(X), range(A), range(A)):
+        for _ in range(int(wins[x, a, c])):
+            row = np.zeros(X * A)
+            row[x * A + a] += 1
+            row[x * A + c] -= 1
+            z.append(row)
+    z = np.array(z)
+    logits = z @ reward.flatten().numpy()
+    signs = np.array(list(itertools.product([1, -1], repeat=len(z))))
+    return z, logits, signs, np.prod(sigmoid(signs * logits), 1)
+
+
+def test_the_likelihood_splits_into_a_sure_loss_and_a_part_with_exponential_mean_one(rng):
+    """Eq. 13, 17 (lemma): n(E(r*) - E(f)) = 2 Phi(m_f) - sum D, E exp Phi = 1; 2 is needed."""
+    for _ in range(100):
+        world = bandit.random_instances(1, rng, X=2, A=3)
+        world = world._replace(reward=world.reward[0], mu=world.mu[0], rho=world.rho[0])
+        wins = bandit.sample_wins(world, 7, rng)
+        z, a, signs, p = label_law(wins, world.reward)
+        f = rng.uniform(0, 2, 6)
+        b, midpoint = z @ f, z @ (f + world.reward.flatten().numpy()) / 2
+        phi = np.log(sigmoid(signs * midpoint) / sigmoid(signs * a)).sum(1)
+        gain = np.log(sigmoid(signs * b) / sigmoid(signs * a)).sum(1)
+        assert np.allclose(gain, 2 * phi - divergence(a, b).sum(), atol=1e-10)
+        assert p @ np.exp(phi) == pytest.approx(1)
+        assert np.ptp(gain - phi) > 1e-6 or np.allclose(a, b)  # not a constant away from Phi itself
+
+
+def test_kappa_over_four_is_the_sharp_constant(rng):
+    """Eq. 14: D >= H^2 >= kappa/4 (a-b)^2 on [-R, R]; 1.05 kappa/4 fails near a = b = R."""
+    for R in (0.1, 1.0, 2.0, 4.0, 8.0):
+        a, b = rng.uniform(-R, R, (2, 20_000))
+        d = divergence(a, b)
+        h2 = 2 * (1 - np.exp(-d / 2))
+        floor = bandit.slope_at(R) / 4 * (a - b) ** 2
+        assert np.all(d >= h2 - 1e-14) and np.all(h2 >= floor * (1 - 1e-9) - 1e-14)
+        a, b = R, R * (1 - 1e-2)
+        near = 1.05 * bandit.slope_at(R) / 4 * (a - b) ** 2
+        assert divergence(a, b) < near and 2 * (1 - np.exp(-divergence(a, b) / 2)) < near
+        classical = bandit.slope_at(R) ** 2  # the textbook's constant, smaller by 1/(4 kappa)
+        assert classical < bandit.slope_at(R) / 4
+
+
+def test_pointwise_curvature_is_the_infimum_over_the_box(rng):
+    """Eq. 16: closed form = search over b, within its bounds; the other end overstates it."""
+    for R in (0.5, 2.0, 4.0):
+        b = np.linspace(-R, R, 2001)
+        for a in rng.uniform(-R, R, 100):
+            ratio = (divergence(a, b) / (a - b) ** 2)[np.abs(a - b) > 1e-2]
+            c = bandit.curvature(torch.tensor(a), R).item()
+            assert c <= ratio.min() * (1 + 1e-8)
+            if R - abs(a) > 1e-2:
+                assert c == pytest.approx(ratio.min(), rel=1e-8)
+            kappa = bandit.slope_at(R)
+            assert kappa / 4 <= math.sqrt(kappa * slope(a)) / 4 * (1 + 1e-12)
+            assert math.sqrt(kappa * slope(a)) / 4 <= c * (1 + 1e-8) and c <= 1 / 16
+            if abs(a) > 0.3 * R:  # the control: b = -R sign(a) overstates it
+                wrong = divergence(a, -np.sign(a) * R) / (R + abs(a)) ** 2
+                assert wrong > ratio.min() * (1 + 1e-6)
+        edge = bandit.curvature(torch.tensor([R, -R]).double(), R)
+        assert torch.allclose(edge, torch.tensor(bandit.slope_at(R) / 4).double(), rtol=1e-6)
+
+
+def test_divergence_over_square_is_a_triangular_mean_of_the_slope(rng):
+    """Eq. 16, step 1: D/(a-b)^2 = E sigmoid'(a + (b-a)U)/4; a uniform U gives another number."""
+    for a, b in rng.uniform(-3, 3, (50, 2)):
+        mean = integrate.quad(
+            lambda u, a=a, b=b: slope(a + (b - a) * u) * (2 - abs(4 * u - 2)), 0, 1, points=[0.5]
+        )
+        assert divergence(a, b) / (a - b) ** 2 == pytest.approx(mean[0] / 4, rel=1e-6)
+    uniform = integrate.quad(lambda u: slope(12 * u - 6), 0, 1)[0]
+    assert abs(divergence(-6, 6) / 144 - uniform / 4) > 1e-3
+
+
+# -------------------------------------------------------- statistics
+
+
+def test_a_finite_class_obeys_its_bound_with_the_stated_probability(rng):
+    """Eq. 13, 15: over fresh labels, at best and large lam; log(|F|/delta) dropped is exceeded."""
+    count, size, n, draws, delta = 30, 20, 40, 60, 0.2
+    worlds, wins, F = finite_games(rng, count, size, n)
+    wins = relabel(wins, worlds.reward, rng, draws)
+    pi = worlds.optimal()
+    pairs = wins + wins.mT
+    a, b = differences(worlds.reward), differences(F).unsqueeze(1)
+    D = torch.tensor(divergence(a.numpy(), b.numpy()))
+    mean_D = (D * pairs).sum((-3, -2, -1)) / (2 * n)  # (size, draws, count)
+    mean_square = ((b - a) ** 2 * pairs).sum((-3, -2, -1)) / (2 * n)
+    lead = spac.relative_value(pi, F.unsqueeze(1) - worlds.reward, wins) ** 2
+    c_h = torch.where(lead > 0, lead / mean_D, 0.0).amax(0)
+    coverage = torch.where(lead > 0, lead / mean_square, 0.0).amax(0)
+    complexity = math.log(size / delta)
+    kappa = bandit.slope_at(worlds.R)
+    assert (c_h <= 4 / kappa * coverage * (1 + 1e-9)).all()
+
+    def gamma(lam):
+        psi = spac.critic_objective(pi, F.unsqueeze(1), wins, lam)
+        return psi[0] - psi.amin(0)
+
+    best = (coverage * n / (2 * kappa * complexity)).sqrt()
+    at_best = gamma(best) - (8 * coverage * complexity / (kappa * n)).sqrt()
+    limit = allowed(draws, delta)
+    assert ((at_best > 1e-12).sum(0) <= limit).all()
+    for lam in (best, 30 * best):
+        excess = gamma(lam) - c_h / (4 * lam) - 2 * lam * complexity / n
+        assert ((excess > 1e-12).sum(0) <= limit).all()
+    spoilt = gamma(30 * best) - c_h / (120 * best)
+    assert ((spoilt > 1e-12).sum(0) > limit).float().mean() > 0.5
+
+
+def tabular_trials(rng, n: int, count: int, draws: int):
+    """Worlds (draws, count, ...) with fixed prompts and responses and fresh labels, all covered."""
+    worlds = bandit.random_instances(count, rng, X=2, A=4)
+    wins = bandit.sample_wins(worlds, n, rng)
+    settings = bandit.theorem(worlds, wins, 100, DELTA)
+    covered = settings.bound.isfinite()
+    worlds = bandit.Instance(*(t[covered] for t in worlds[:3]), worlds.R)
+    return worlds, relabel(wins[covered], worlds.reward, rng, draws)
+
+
+@pytest.mark.parametrize("n", [60, 1000])
+def test_tables_obey_the_bound_without_log_n_with_the_stated_probability(rng, n):
+    """Eq. 17, 18, 19: over fresh labels, for three rules and a large lam; L cut fails."""
+    worlds, wins = tabular_trials(rng, n, 40, 80)
+    settings = bandit.theorem(worlds, wins, 100, DELTA)
+    pi, limit = worlds.optimal(), allowed(80, DELTA)
+    L = settings.slack * n / (2 * settings.lam)
+    price = 4 * settings.lam * (settings.statistics - settings.slack)  # v' A+ v
+    kappa, rank = bandit.slope_at(worlds.R), 6
+    simple = rank / 2 * math.log(1 + 1 / (4 * kappa)) + math.log(1 / DELTA)
+    assert (L <= simple + 1e-9).all() and (price <= 4 / kappa * settings.coverage + 1e-9).all()
+    assert torch.allclose(settings.statistics, (2 * price * L / n).sqrt())
+    plain = math.sqrt(n / (2 * kappa * simple))  # n / (8 c_R L') with c_R = kappa / 4
+    shapes = {
+        "theorem": (settings.lam, settings.statistics),
+        "plain": (
+            torch.full_like(L, plain),
+            (settings.coverage + 1) / 2 * math.sqrt(8 * simple / (kappa * n)),
+        ),
+        "large": (20 * settings.lam, price / (80 * settings.lam) + 20 * settings.slack),
+        "simple": (
+            (settings.coverage * n / (2 * kappa * simple)).sqrt(),
+            (8 * settings.coverage * simple / (kappa * n)).sqrt(),
+        ),
+    }
+    for lam, bound in shapes.values():
+        failures = (box_gamma(worlds, wins, pi, lam) > bound).sum(0)
+        assert (failures <= limit).all()
+    lam, _ = shapes["large"]
+    small_L = price / (4 * lam) + 20 * settings.slack / 20
+    assert ((box_gamma(worlds, wins, pi, lam) > small_L).sum(0) > limit).all()
+
+
+def test_the_theorems_numbers_equal_a_computation_pair_by_pair(rng):
+    """Eq. 17, 18, 25: v' A+ v, L, C^ from explicit (XA, XA) matrices; A <= G/16, >= kappa G/4."""
+    for _ in range(100):
+        world = bandit.random_instances(1, rng, X=2, A=4)
+        world = bandit.Instance(*(t[0] for t in world[:3]), world.R)
+        wins = bandit.sample_wins(world, 40, rng)
+        A, G, n = matrices(world, wins)
+        got = bandit.theorem(world, wins, 100, DELTA)
+        v = comparator_vector(world, wins, world.optimal())
+        inverse = np.linalg.pinv(A, rcond=1e-10)
+        covered = np.allclose(A @ inverse @ v, v, atol=1e-9)
+        assert covered == bool(got.bound.isfinite())
+        if not covered:
+            continue
+        L = np.linalg.slogdet(np.eye(8) + inverse @ G / 16)[1] / 2 + math.log(1 / DELTA)
+        assert got.coverage.item() == pytest.approx(v @ np.linalg.pinv(G, rcond=1e-10) @ v)
+        assert got.statistics.item() == pytest.approx(
+            math.sqrt(2 * v @ inverse @ v * L / n), rel=1e-6
+        )
+        assert got.lam.item() == pytest.approx(math.sqrt(v @ inverse @ v * n / (8 * L)), rel=1e-6)
+        order = [np.linalg.eigvalsh(M)[0] for M in (G / 16 - A, A - bandit.slope_at(2.0) / 4 * G)]
+        assert min(order) > -1e-12
+        assert np.linalg.eigvalsh(A - G / 16)[0] < -1e-6  # the control: the order is strict
+
+
+def test_gamma_is_unbounded_in_lam_where_the_comparator_was_never_compared(rng):
+    """Eq. 17: v outside range(G) makes the bound infinite, and Gamma does stay large as n grows."""
+    world = bandit.single_prompt([0.5, 0.5, 0.0], [0.5, 0.0, 2.0])
+    uniform = torch.full((1, 3), 1 / 3).double()
+    for n in (100, 100_000):
+        wins = bandit.sample_wins(world, n, rng)
+        assert bandit.theorem(world, wins, 100, start=uniform).bound.isinf()
+        assert box_gamma(world, wins, world.optimal(), math.sqrt(n)) > 1.0
+        covered = world._replace(reward=torch.tensor([[0.5, 0.0, 0.0]]).double())
+        assert bandit.theorem(covered, wins, 100, start=uniform).bound.isfinite()  # the control
+
+
+def test_the_gaussian_average_of_the_likelihood_ratio_is_bounded_as_step_five_says(rng):
+    """Eq. 17, steps 3 to 6: quadrature on one difference; without the determinant it fails."""
+    broken = 0
+    for _ in range(100):
+        a, b, n = rng.uniform(-2, 2), rng.uniform(-2, 2), int(rng.integers(1, 40))
+        won, P, centre = int(rng.binomial(n, sigmoid(a))), rng.uniform(0.05, 1), rng.normal()
+        middle = (a + b) / 2
+
+        def phi(m, a=a, n=n, won=won):
+            return won * np.log(sigmoid(m) / sigmoid(a)) + (n - won) * np.log(
+                sigmoid(-m) / sigmoid(-a)
+            )
+
+        grid = centre + np.linspace(-10, 10, 4001) / math.sqrt(n * P)
+        density = stats.norm.pdf(grid, centre, 1 / math.sqrt(n * P))
+        mean = integrate.trapezoid(np.exp(phi(grid)) * density, grid)
+        tail = n / 2 * P * (middle - centre) ** 2
+        assert mean >= math.exp(phi(middle) - tail) / math.sqrt(1 + 1 / (4 * P)) * (1 - 1e-9)
+        broken += mean < math.exp(phi(middle) - tail)  # the determinant is needed
+        law = stats.binom.pmf(np.arange(n + 1), n, sigmoid(a))
+        assert law @ np.exp([phi(centre, won=k) for k in range(n + 1)]) == pytest.approx(1)
+    assert broken > 10
+
+
+def test_the_rules_for_lam_minimise_what_they_claim_to(rng):
+    """Eq. 15, 18, 19: each stated lam is the minimiser with the stated value; twice it is not."""
+    for price, L, n, kappa in rng.uniform(0.1, 10, (100, 4)):
+        n *= 100
+        cases = [
+            (price / 4, 2 * L / n, math.sqrt(price * n / (8 * L)), math.sqrt(2 * price * L / n)),
+            (
+                price / kappa,
+                2 * L / n,
+                math.sqrt(price * n / (2 * kappa * L)),
+                math.sqrt(8 * price * L / (kappa * n)),
+            ),
+            (
+                price / (4 * kappa**2),
+                2 * L / n,
+                math.sqrt(price * n / (8 * kappa**2 * L)),
+                math.sqrt(2 * price * L / (kappa**2 * n)),
+            ),
+        ]
+        for a, b, lam, value in cases:
+            search = optimize.minimize_scalar(lambda t, a=a, b=b: a / math.exp(t) + b * math.exp(t))
+            assert search.fun == pytest.approx(value) and a / lam + b * lam == pytest.approx(value)
+            assert a / (2 * lam) + b * 2 * lam > 1.2 * value
+
+
+# -------------------------------------------------------- from the data to the world
+
+
+def test_the_gap_on_the_prompts_met_transfers_to_all_prompts(rng):
+    """Eq. 20: both forms; the ratio form fails for a comparator that is not optimal."""
+    broken = 0
+    for _ in range(500):
+        X, A, R = 3, 3, 2.0
+        rho, rhohat = rng.dirichlet(np.ones(X), 2)
+        reward, pi, mix = rng.uniform(0, R, (X, A)), *rng.dirichlet(np.full(A, 0.3), (2, X))
+        tv = abs(rho - rhohat).sum() / 2
+        best = reward.max(1) - (mix * reward).sum(1)
+        assert rho @ best <= (rho / rhohat).max() * (rhohat @ best) + 1e-12
+        assert rho @ best <= rhohat @ best + R * tv + 1e-12
+        gap = ((pi - mix) * reward).sum(1)
+        assert rho @ gap <= rhohat @ gap + 2 * R * tv + 1e-12
+        broken += rho @ gap > (rho / rhohat).max() * (rhohat @ gap) + 1e-9
+    assert broken > 20
+
+
+def test_coverage_bounds_the_way_the_actor_has_to_go(rng):
+    """Eq. 21: KL of deterministic pi, E KL <= log(1 + E chi2); chi2/2 is too little."""
+    broken = 0
+    for _ in range(300):
+        mu, pi, rho = *rng.dirichlet(np.ones(4), (2, 3)), rng.dirichlet(np.ones(3))
+        kl = rho @ (pi * np.log(pi / mu)).sum(1)
+        chi2 = rho @ ((pi - mu) ** 2 / mu).sum(1)
+        assert kl <= math.log1p(chi2)
+        y = rng.integers(4, size=3)
+        chi2_y, kl_y = 1 / mu[range(3), y] - 1, -np.log(mu[range(3), y])
+        assert np.allclose(np.log1p(chi2_y), kl_y)  # equality for deterministic pi, at each x
+        broken += rho @ kl_y > math.log1p(rho @ chi2_y / 2)
+    assert broken > 100
+
+
+def test_the_critic_is_pessimistic_on_average_in_every_round(rng):
+    """Eq. 22: within 2 lam L/n at all rounds; without slack, or pointwise, it fails."""
+    worlds, wins = tabular_trials(rng, 100, 6, 60)
+    settings = bandit.theorem(worlds, wins, 30, DELTA)
+    start = worlds.mu.expand(60, *worlds.mu.shape)
+    batch = bandit.Instance(start, worlds.reward.expand_as(start), worlds.rho, worlds.R)
+    critic, worst, without, pointwise = bandit.Critic(wins, settings.lam, 2.0), [], 0, []
+    for pi, f in spac.spac_t(start, critic, settings.eta[..., None, None], 30):
+        excess = spac.relative_value(pi, f - batch.reward, wins)
+        fit = spac.data_fit(batch.reward, wins) - spac.data_fit(f, wins)
+        assert (excess <= settings.lam * fit + critic.gap + 1e-12).all()  # sure, in every round
+        worst.append(excess - critic.gap)
+        without += (excess > 1e-5).sum().item()
+        pointwise.append((f > batch.reward).double().mean().item())
+    failures = (torch.stack(worst).amax(0) > settings.slack).sum(0)
+    assert (failures <= allowed(60, DELTA)).all()
+    assert without > 100 and np.mean(pointwise) > 0.2
+
+
+def test_an_inexact_critic_costs_its_mean_gap_and_no_more(rng):
+    """Eq. 23: a random member of F as critic; without the gaps (D) fails."""
+    count, rounds = 400, 12
+    worlds, wins, F = finite_games(rng, count, 6, 15)
+    pi, lam = random_policies(rng, count, 2, 4), 1.0
+    prompts, _ = spac.data_policy(wins)
+    gaps, regret, policies = 0.0, 0.0, []
+    # half of the rounds are answered by the member that flatters the policy most
+    turn = itertools.count()
+
+    def critic(pi_t):
+        psi = spac.critic_objective(pi_t, F, wins, lam)
+        chosen = psi.argmax(0) if next(turn) % 2 else torch.tensor(rng.integers(6, size=count))
+        nonlocal gaps
+        gaps = gaps + (psi[chosen, torch.arange(count)] - psi.amin(0)) / rounds
+        return F[chosen, torch.arange(count)]
+
+    for pi_t, f in spac.spac_t(worlds.mu, critic, 1.0, rounds):
+        policies.append(pi_t)
+        regret = regret + (prompts * ((pi - pi_t) * f).sum(-1)).sum(-1) / rounds
+    gap = (prompts * ((pi - spac.mixture(policies)) * worlds.reward).sum(-1)).sum(-1)
+    psi = spac.critic_objective(pi, F, wins, lam)
+    right = regret + psi[0] - psi.amin(0)
+    assert (gap - right - gaps).max() <= 1e-12
+    assert ((gap - right) > 1e-6).sum() > 20
+
+
+def test_the_critics_certificate_bounds_its_gap(rng):
+    """Eq. 7, 23: psi(f) - gap <= scipy's minimum <= psi(f); stopped at once it is not exact."""
+    for _ in range(60):
+        worlds = bandit.random_instances(1, rng, X=2, A=4)
+        wins = bandit.sample_wins(worlds, 200, rng)
+        pi, lam = random_policies(rng, 1, 2, 4), 3.0
+        values = {}
+        for tolerance in (1e-9, 1e9):
+            critic = bandit.Critic(wins, lam, 2.0, tolerance)
+            values[tolerance] = (
+                spac.critic_objective(pi, critic(pi), wins, lam).item(),
+                critic.gap.item(),
+            )
+
+        def psi(f, pi=pi, wins=wins, lam=lam):
+            f = torch.tensor(f).view(1, 2, 4).requires_grad_()
+            value = spac.critic_objective(pi, f, wins, lam)
+            value.backward()
+            return value.item(), f.grad.flatten().numpy()
+
+        tight = {"ftol": 1e-15, "gtol": 1e-10}
+        least = optimize.minimize(
+            psi, np.ones(8), jac=True, bounds=[(0, 2)] * 8, method="L-BFGS-B", options=tight
+        ).fun
+        for value, gap in values.values():
+            assert value - gap - 1e-9 <= least <= value + 1e-9
+        assert values[1e9][0] - least > 1e-3
+
+
+def test_sampling_the_opponents_answers_costs_the_stated_term(rng):
+    """Eq. 24: sampled critics, all rounds, w.p. 1 - delta; a twentieth of the term is exceeded."""
+    count, size, n, m, rounds = 300, 10, 20, 2, 5
+    worlds, wins, F = finite_games(rng, count, size, n)
+    prompts, _ = spac.data_policy(wins)
+    per_prompt = wins.sum((-2, -1)).numpy().astype(int)
+    worst = torch.zeros(count).double()
+
+    def critic(pi_t):
+        drawn = rng.multinomial(m * per_prompt, pi_t.numpy())  # m samples for each pair
+        sampled = torch.tensor(drawn / np.maximum(m * per_prompt, 1)[..., None])
+        chosen = spac.critic_objective(sampled, F, wins, 1.0).argmin(0)
+        psi = spac.critic_objective(pi_t, F, wins, 1.0)
+        nonlocal worst
+        worst = torch.maximum(worst, psi[chosen, torch.arange(count)] - psi[0])
+        return F[chosen, torch.arange(count)]
+
+    for _ in spac.spac_t(worlds.mu, critic, 0.5, rounds):
+        pass
+    term = 2 * worlds.R * math.sqrt(math.log(size * rounds / DELTA) / (2 * n * m))
+    assert (worst > term).sum() <= allowed(count, DELTA)
+    assert (worst > term / 20).sum() > allowed(count, DELTA)
+
+
+def test_the_classical_route_holds_and_is_looser(rng):
+    """Eq. 25: a cover of radius 1/n moves Phi by at most 1 (5/n by more); looser than ours."""
+    a, b = rng.uniform(-2, 2, (2, 10_000))
+    tv2 = (sigmoid(a) - sigmoid(b)) ** 2
+    kappa = bandit.slope_at(2.0)
+    assert np.all(divergence(a, b) >= tv2 - 1e-14) and np.all(
+        tv2 >= kappa**2 * (a - b) ** 2 - 1e-14
+    )
+    moved = []
+    for _ in range(300):
+        n, d = 30, 4
+        z = np.zeros((n, d + 1))
+        for row in z:
+            row[rng.choice(d + 1, 2, replace=False)] = 1, -1
+        f = np.append(rng.uniform(-2, 2, d), 0.0)
+        f *= 2 / max(2, np.abs(z @ f).max())
+        near = f + np.append(rng.choice([-1, 1], d) / n, 0)  # a grid point, at worst
+        truth = np.append(rng.uniform(-1, 1, d), 0.0)
+        signs = np.where(rng.uniform(size=n) < 0.5, 1, -1)
+        phi = [np.log(sigmoid(signs * (z @ (g + truth) / 2))).sum() for g in (f, near)]
+        moved.append(abs(phi[0] - phi[1]))
+        assert moved[-1] <= 1
+    signs, z = -np.ones(30), np.tile([1.0, -1.0], (30, 1))  # every label contradicts f
+    phi = [np.log(sigmoid(signs * (z @ np.array([2 + s, 0.0])))).sum() for s in (0, 5 / 60)]
+    assert abs(phi[0] - phi[1]) > 1
+    d, simple = 8, 4 * math.log(1 + 1 / (4 * kappa)) + math.log(20)
+    factors = []
+    for n in (300, 3000, 100_000):
+        cover = d * math.log(math.ceil(2 * n)) + 1 + math.log(20)
+        factors.append(math.sqrt(cover / (4 * kappa * simple)))
+    assert factors == [pytest.approx(f, abs=0.06) for f in (4.1, 4.7, 5.5)]
+    worlds, wins = tabular_trials(rng, 1000, 10, 1)
+    settings = bandit.theorem(worlds, wins, 100, DELTA)
+    assert (settings.classical > settings.bound).all()
+
+
+# -------------------------------------------------------- the practical loss
+
+
+def practical(pi: Tensor, pi_t: Tensor, wins: Tensor, beta: float, lam: float, critic) -> float:
+    """Mean of spac.spac_loss over the pairs, y' summed under pi_t: triple loop, one prompt."""
+    total, A = 0.0, pi.shape[-1]
+    for a, c, y in itertools.product(range(A), range(A), range(A)):
+        weight = wins[0, a, c] * pi_t[0, y]
+        if weight > 0:
+            logps = [tuple(p[0, k].log().view(1) for k in (a, c, y)) for p in (pi, pi_t)]
+            total += (weight * spac.spac_loss(*logps, beta, lam, critic)[0]).item()
+    return total / wins.sum().item()
+
+
+def test_the_practical_loss_is_the_critics_objective_in_disguise(rng):
+    """Eq. 26, 28, 29, 31: the mean linear loss is psi(pi_t, f)/lam; another beta is not."""
+    for _ in range(60):
+        worlds = bandit.random_instances(1, rng, X=1, A=4)
+        pi_t, f = (
+            torch.tensor(rng.dirichlet(np.ones(4), 1)),
+            torch.tensor(rng.uniform(0, 2, (1, 4))),
+        )
+        wins = bandit.sample_wins(worlds, 30, rng)[0]
+        beta, lam = float(rng.uniform(0.2, 3)), float(rng.uniform(0.2, 5))
+        pi = spac.mirror_step(pi_t, f, 1 / beta)
+        expected = spac.critic_objective(pi_t, f, wins, lam).item() / lam
+        assert practical(pi, pi_t, wins, beta, lam, spac.linear_critic) == pytest.approx(expected)
+        fast = bandit.practical_loss(pi, pi_t, wins, beta, lam).item()
+        assert fast == pytest.approx(expected)
+        wrong = practical(pi, pi_t, wins, 1.1 * beta, lam, spac.linear_critic)
+        assert wrong != pytest.approx(expected, rel=1e-6)
+
+
+def test_one_boxed_step_has_the_critics_optimal_value_and_no_box_has_none(rng):
+    """Eq. 27, 29: a box on all h gives min psi/lam; on the data's responses alone, less."""
+    R, beta, lam = 2.0, 2.0, 1.0
+    for _ in range(30):
+        worlds = bandit.single_prompt([0.5, 0.5, 0.0], list(rng.uniform(0, R, 3)))
+        wins = bandit.sample_wins(worlds, 50, rng)
+        pi_t = torch.tensor(rng.dirichlet(np.full(3, 5.0), 1))
+        critic = bandit.Critic(wins, lam, R, tolerance=1e-10)
+        f = critic(pi_t)
+        least = spac.critic_objective(pi_t, f, wins, lam).item() / lam
+
+        def loss(g, pi_t=pi_t, wins=wins):
+            pi = (pi_t.log() + torch.tensor(g)).softmax(-1)
+            return bandit.practical_loss(pi, pi_t, wins, beta, lam).item()
+
+        box = [(0, R / beta)] * 3
+        found = optimize.minimize(loss, np.full(3, 0.5), bounds=box, method="L-BFGS-B")
+        assert found.fun == pytest.approx(least, abs=1e-6)
+        h = (spac.mirror_step(pi_t, f, 1 / beta) / pi_t).log()
+        assert (h.amax() - h.amin()).item() <= R / beta + 1e-9 and h.abs().max() <= R / beta + 1e-9
+        data_only = box[:2] + [(-50, None)]  # response 3 is not in the data
+        beyond = optimize.minimize(loss, np.full(3, 0.5), bounds=data_only, method="L-BFGS-B")
+        assert beyond.fun < least - 0.5
+
+
+def test_without_the_baseline_the_critic_rewards_variance(rng):
+    """Eq. 29: E beta h' = -beta KL, flat at pi_t, -Var(f)/(2 beta); with it, L(pi_t, f)."""
+    beta = 40.0
+    for _ in range(100):
+        pi_t, f = rng.dirichlet(np.ones(4)), rng.uniform(0, 2, 4)
+        pi = pi_t * np.exp(f / beta)
+        pi /= pi.sum()
+        bare = beta * pi_t @ np.log(pi / pi_t)
+        mean, variance = pi_t @ f, pi_t @ f**2 - (pi_t @ f) ** 2
+        assert bare == pytest.approx(beta * -(pi_t @ np.log(pi_t / pi)))
+        assert bare == pytest.approx(-variance / (2 * beta), rel=0.05, abs=1e-9)
+        assert -4 / (8 * beta) - 1e-12 <= bare <= 1e-12
+        h = np.log(pi / pi_t)
+        muhat = rng.dirichlet(np.ones(4))
+        assert beta * (pi_t - muhat) @ h == pytest.approx(mean - muhat @ f)  # the control
+    far = np.array([1e-200, 0.5 - 5e-201, 0.5 - 5e-201])
+    assert np.full(3, 1 / 3) @ np.log(far / np.full(3, 1 / 3)) < -100  # unbounded below
+
+
+def test_the_smoothed_critic_lies_above_half_the_linear_one_and_touches_it(rng):
+    """Eq. 30, 31: smoothed >= log 2 + linear/2, touching at pi_t; the linear one has no floor."""
+    h = [torch.tensor(rng.normal(0, 3, 2000)) for _ in range(3)]
+    smoothed, linear = spac.smoothed_critic(*h, 0.7), spac.linear_critic(*h, 0.7)
+    assert (smoothed - math.log(2) - linear / 2).min() >= -1e-12 and smoothed.min() >= 0
+    assert (smoothed < math.log(2) + linear).any() and linear.min() < -5
+    for index in range(3):
+        zero = [torch.zeros(1).double().requires_grad_() for _ in range(3)]
+        slopes = [
+            torch.autograd.grad(critic(*zero, 0.7).sum(), zero[index])[0].item()
+            for critic in (spac.smoothed_critic, spac.linear_critic)
+        ]
+        assert slopes[0] == pytest.approx(slopes[1] / 2) and slopes[0] != 0
+    logps = tuple(torch.tensor(rng.normal(-30, 5, 7)) for _ in range(3))
+    start = spac.spac_loss(logps, logps, 0.1, 4.0)[0]
+    assert torch.allclose(start, torch.full((7,), math.log(2) * 1.25).double())
+
+
+# -------------------------------------------------------- DPO's failures
+
+
+def test_dpo_cannot_see_an_unseen_response():
+    """Eq. 32: one least loss, values filling (0, 1.99995]; another ratio has more."""
+    p, ref = sigmoid(1.0), np.array([0.45, 0.45, 0.10])
+
+    def loss(pi):  # distinct pairs, population
+        u = 0.1 * (np.log(pi[0] / pi[1]) - np.log(ref[0] / ref[1]))
+        return -p * np.log(sigmoid(u)) - (1 - p) * np.log(sigmoid(-u))
+
+    least = optimize.minimize_scalar(
+        lambda u: -p * np.log(sigmoid(u)) - (1 - p) * np.log(sigmoid(-u))
+    )
+    top = 1 / (1 + math.exp(-10))
+    values = []
+    for q in top * np.logspace(-6, 0, 50):
+        pi = np.array([q, q * math.exp(-10), max(1 - q * (1 + math.exp(-10)), 0.0)])
+        assert loss(pi) == pytest.approx(least.fun, rel=1e-9)
+        values.append(2 * pi[0] + pi[1])
+    assert values[0] < 1e-5 and values[-1] == pytest.approx(1.99995, abs=1e-5)
+    assert loss(np.array([0.5, 0.5, 0.0])) > least.fun + 0.01
+    theta = np.log(ref)  # softmax descent keeps theta_3 and theta_1 + theta_2
+    end = np.exp([(theta[0] + theta[1] + 10) / 2, (theta[0] + theta[1] - 10) / 2, theta[2]])
+    assert (end / end.sum())[2] == pytest.approx(0.0015, abs=5e-5)
+
+
+@pytest.mark.parametrize("n, exact", [(6, 0.2785), (100, 0.2396), (1000, 0.2341), (10**6, 0.2294)])
+def test_dpo_fails_on_a_rare_bad_response_at_every_beta(rng, n, exact):
+    """Eq. 33: P(wrong) >= .08, then loss >= Delta/(1+e) at all beta, not twice that."""
+    gap = 1 / (2 * math.log(n / 2))
+    mu = np.array([(1 - 1 / n) / 2, (1 - 1 / n) / 2, 1 / n])
+    right = np.array([0.5, 0.5 - gap, 0.0])
+    wrong = right + [0, 0, 1]
+    events = []  # (probability, log-likelihood of wrong over right) of each kind of mixed pair
+    for j, won in itertools.product((0, 1), (1, -1)):
+        chance = 2 * mu[j] * mu[2] * sigmoid(won * right[j])
+        events.append((chance, np.log(sigmoid(won * (right[j] - 1)) / sigmoid(won * right[j]))))
+    chances = [e[0] for e in events]
+    draws = 200_000
+    counts = rng.multinomial(n, [*chances, 1 - sum(chances)], size=draws)[:, :4]
+    share = (counts @ np.array([e[1] for e in events]) > 1e-9).mean()
+    assert share == pytest.approx(exact, abs=5 * math.sqrt(0.2 / draws))
+    q = sum(chances)
+    assert n * q * (1 - q) ** (n - 1) * sigmoid(-0.5) >= 0.08  # the proof's event
+
+    beta = np.logspace(-3, 3, 20_001)[:, None]
+    logits = np.log(mu) + wrong / beta
+    pi = np.exp(logits - logits.max(1, keepdims=True))
+    loss = 0.5 - (pi / pi.sum(1, keepdims=True)) @ right
+    floor = gap / (1 + math.e)
+    assert loss.min() >= floor
+    if n >= 1000:
+        assert loss.min() < 2 * floor
+    C = (1 / n) ** 2 / (2 / n * (1 - 1 / n))
+    assert C == pytest.approx(1 / (2 * (n - 1)))
+    assert (1 / mu[0] - 1) / 2 == pytest.approx((n + 1) / (2 * (n - 1)))
+    assert (1 - 1 / n) ** 2 / (2 / n * (1 - 1 / n)) == pytest.approx((n - 1) / 2)
+
+
+# -------------------------------------------------------- further results
+
+
+def test_one_event_serves_all_comparators_and_all_lam(rng):
+    """Eq. 34: the worst of many pi and lam, chosen after the labels; L cut to a tenth fails."""
+    n, draws, gamma = 200, 60, 0.5
+    worlds, wins = tabular_trials(rng, n, 4, draws)
+    worst, spoilt = torch.zeros(wins.shape[:2]) - 1e9, torch.zeros(wins.shape[:2]) - 1e9
+    A, G = [], []
+    for world, data in zip(zip(*worlds[:3]), wins[0]):
+        a, g, _ = matrices(bandit.Instance(*world, worlds.R), data)
+        A.append(np.linalg.pinv(a, rcond=1e-10))
+        G.append(g)
+    inverse, G = torch.tensor(np.array(A)), torch.tensor(np.array(G))
+    log_det = torch.linalg.slogdet(torch.eye(8).double() + inverse @ G / (16 * gamma)).logabsdet
+    L = log_det / 2 + math.log(1 / DELTA)
+    prompts, muhat = spac.data_policy(wins[0])
+    for scale in (0.3, 3.0, 100.0):
+        for pi in (worlds.optimal(), random_policies(rng, *worlds.mu.shape), muhat):
+            v = (prompts.unsqueeze(-1) * (pi - muhat)).flatten(1)
+            price = torch.einsum("ij,ijk,ik->i", v, inverse, v)
+            lam = scale * math.sqrt(n)
+            value, flat = box_gamma(worlds, wins, pi, lam), price / (4 * (1 - gamma) * lam)
+            worst = torch.maximum(worst, value - flat - 2 * lam * L / n)
+            spoilt = torch.maximum(spoilt, value - flat - 0.2 * lam * L / n)
+    assert ((worst > 1e-7).sum(0) <= allowed(draws, DELTA)).all()
+    assert ((spoilt > 1e-7).sum(0) > allowed(draws, DELTA)).all()
+
+
+def test_the_last_iterate_is_within_a_logarithm(rng):
+    """Eq. 35: for every data set, with an exact critic; with no term in eta it fails."""
+    count, rounds = 400, 25
+    worlds, wins, F = finite_games(rng, count, 8, 15)
+    prompts, _ = spac.data_policy(wins)
+    lam, eta = torch.tensor(rng.uniform(0.05, 5, count)), torch.tensor(rng.uniform(0.02, 3, count))
+
+    def critic(pi_t):
+        psi = spac.critic_objective(pi_t, F, wins, lam)
+        return F[psi.argmin(0), torch.arange(count)]
+
+    *_, (last, _) = spac.spac_t(worlds.mu, critic, eta[:, None, None], rounds)
+    without = 0
+    for pi in (
+        worlds.optimal(),
+        random_policies(rng, count, 2, 4),
+        random_policies(rng, count, 2, 4),
+    ):
+        psi = spac.critic_objective(pi, F, wins, lam)
+        kl = (prompts * (pi * (pi / worlds.mu).clamp(min=1e-300).log()).sum(-1)).sum(-1)
+        gap = (prompts * ((pi - last) * worlds.reward).sum(-1)).sum(-1)
+        rest = gap - (psi[0] - psi.amin(0)) - kl / (eta * rounds)
+        assert (rest - eta * 4 / 8 * (2 + math.log(rounds))).max() <= 1e-12
+        pessimistic = [spac.critic_objective(p, F, wins, lam).amin(0) for p in (pi, last)]
+        climb = pessimistic[0] - pessimistic[1] - kl / (eta * rounds)
+        assert (climb - eta * 4 / 8 * (2 + math.log(rounds))).max() <= 1e-12
+        without += (climb > 1e-6).sum().item()
+    assert without > 5

@@ -1,0 +1,877 @@
+"""train_mistral.py on small models, offline, on CPUs; each claim has a control that fails it.
+
+Oracles: the model's own logits in a slow loop, autograd on DPO's formula written out, numpy's
+counts, a second process, a second run that nothing interrupted.
+"""
+
+import json
+import math
+import os
+import random
+import signal
+import socket
+import time
+from array import array
+from collections import Counter
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+)
+
+import spac
+import train_mistral as tm
+
+SHORT = "--rows 40 --heldout 10 --sft_epochs 1 --rounds 2 --epochs 1 --batch 16".split()
+SHORT += "--micro_batch 8 --generate_batch 16 --checkpoint_every 2".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    tm.start_processes()
+    yield
+    torch.distributed.destroy_process_group()
+    torch.set_num_threads(threads)
+
+
+# -------------------------------------------------------- small things to test with
+
+
+def small_model(seed=0, kind=MistralConfig, **options):
+    torch.manual_seed(seed)
+    shape = dict(vocab_size=24, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    shape |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)
+    shape |= dict(bos_token_id=1, eos_token_id=2, pad_token_id=0, sliding_window=None)
+    lm = AutoModelForCausalLM.from_config(kind(**shape | options))
+    with torch.no_grad():  # logits that are far from uniform
+        lm.get_output_embeddings().weight.mul_(8)
+    return lm.eval()
+
+
+def rows_of(count, seed=0, vocabulary=24, longest=7):
+    draw = random.Random(seed)
+
+    def ids(least=1):
+        return array("i", draw.choices(range(3, vocabulary), k=draw.randint(least, longest)))
+
+    return [tm.Row(i, ids(), ids(), ids()) for i in range(1, count + 1)]
+
+
+def run_of(lm, rows, out=Path("unused"), stops=frozenset({2}), heldout=(), **options):
+    settings = dict(max_response=7, batch=len(rows) or 1, generate_batch=4, micro_batch=8)
+    config = tm.Config(**settings | options)
+    state = dict(round=1, step=0, saves=0, pi_t="", largest=0.0, seconds={}, peak_bytes={})
+    state |= {"logs": {}}
+    tokenizer = tm.CopyDigits().tokenizer()
+    run = tm.Run(
+        config, out, tm.Scorer(lm), tokenizer, lm.generation_config, set(stops), rows,
+        list(heldout), state,
+    )  # fmt: skip
+    state["pi_t"] = tm.hash_of_model(run.scorer)
+    return run
+
+
+def slow_logp(lm, prompt, response):
+    """One token after another, each from a fresh forward pass of the whole prefix."""
+    ids, total = list(prompt), 0.0
+    for token in response:
+        total += lm(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)[token]
+        ids.append(token)
+    return total
+
+
+def fake_play(rows, seed=0):
+    draw = random.Random(seed)
+    return {
+        row.number: tm.Played(
+            draw.choices(range(2, 24), k=draw.randint(1, 7)),
+            [draw.uniform(-20, -5) for _ in range(3)],
+        )
+        for row in rows
+    }
+
+
+def gradient(run, played, batch=None):
+    run.scorer.zero_grad()
+    tm.accumulate(run, batch or run.rows, played)
+    return torch.cat([p.grad.flatten().clone() for p in run.scorer.parameters()])
+
+
+def apart(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+# -------------------------------------------------------- the loss and its gradient
+
+
+@pytest.mark.parametrize("sharing", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_scorer_equals_a_slow_loop_over_the_models_own_logits(sharing, attention):
+    lm = small_model(attn_implementation=attention)
+    items = [(r.prompt, [r.chosen, r.rejected, r.prompt]) for r in rows_of(5)]
+    scorer = tm.Scorer(lm, sharing=sharing)
+    ours = scorer(items)
+    theirs = torch.stack([torch.stack([slow_logp(lm, x, y) for y in ys]) for x, ys in items])
+    assert ours.dtype == torch.float32 and (ours - theirs).abs().max() < 1e-4
+    late = [(x, [[*y[1:], 3] for y in ys]) for x, ys in items]  # control: shifted by one
+    assert (scorer(late) - theirs).abs().max() > 1
+
+
+def test_without_its_mask_a_shared_row_is_wrong(monkeypatch):
+    lm, row = small_model(), rows_of(1, seed=3)[0]
+    item = [(row.prompt, [row.chosen, row.rejected])]
+    good = tm.Scorer(lm, sharing=False)(item)
+    assert (tm.Scorer(lm, sharing=True)(item) - good).abs().max() < 1e-4
+    monkeypatch.setattr(tm, "hide", lambda s: torch.zeros(len(s), 1, *[s.shape[1]] * 2))
+    assert (tm.Scorer(lm, sharing=True)(item) - good).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("critic", ["smoothed", "linear"])
+def test_the_loss_of_a_batch_is_spacs(critic):
+    rows = rows_of(6)
+    run, played = run_of(small_model(), rows, critic=critic, lam=3.0), fake_play(rows)
+    told = tm.accumulate(run, rows, played)
+    logps = [
+        [slow_logp(run.scorer.lm, r.prompt, y) for y in (r.chosen, r.rejected, p.generated)]
+        for r, p in zip(rows, played.values())
+    ]
+    policy = tuple(torch.tensor(logps, dtype=torch.float64).unbind(1))
+    opponent = tuple(torch.tensor([p.logps for p in played.values()]).double().unbind(1))
+    loss, preference, doubt = spac.spac_loss(policy, opponent, 0.3, 3.0, tm.CRITICS[critic])
+    for name, column in dict(loss=loss, preference=preference, critic=doubt).items():
+        assert torch.tensor([pair[name] for pair in told]) == pytest.approx(column, rel=1e-4)
+    wrong = spac.spac_loss(policy, opponent, 0.3, 30.0, tm.CRITICS[critic])[0]  # control
+    assert torch.tensor([pair["loss"] for pair in told]) != pytest.approx(wrong, rel=1e-4)
+
+
+@pytest.mark.parametrize("sharing", [False, True])
+def test_micro_batches_chunks_padding_and_checkpointing_leave_the_gradient_as_it_is(sharing):
+    rows = rows_of(11)  # the last micro-batch is smaller
+    played = fake_play(rows)
+    run = run_of(small_model(), rows, micro_batch=11)
+    run.scorer.sharing = sharing
+    reference = gradient(run, played)
+    for micro_batch in (1, 2, 4, 8):
+        run.config = tm.Config(**vars(run.config) | dict(micro_batch=micro_batch))
+        assert apart(gradient(run, played), reference) < 1e-6
+    for chunk in (1, 3, 1000):
+        run.scorer.logits_chunk = chunk
+        assert apart(gradient(run, played), reference) < 1e-6
+    run.scorer.lm.gradient_checkpointing_enable({"use_reentrant": False})
+    run.scorer.train()
+    assert apart(gradient(run, played), reference) < 1e-6
+    # Control: the mean of micro-batch means, the field's usual bug, is seen by this measure.
+    halves = [gradient(run, played, rows[:8]), gradient(run, played, rows[8:])]
+    assert apart(sum(halves) / 2, reference) > 1e-3
+    assert apart((8 * halves[0] + 3 * halves[1]) / 11, reference) < 1e-6
+
+
+def test_padding_changes_no_score_on_either_side_and_of_any_amount():
+    lm, row = small_model(), rows_of(1)[0]
+    alone = tm.Scorer(lm)([(row.prompt, [row.chosen])])[0, 0]
+    for length in (1, 20, 100):  # padded on the right by a longer neighbour
+        neighbour = (array("i", [5] * length), [array("i", [6] * length)])
+        beside = tm.Scorer(lm)([(row.prompt, [row.chosen]), neighbour])[0, 0]
+        assert beside.item() == pytest.approx(alone.item(), abs=1e-5)
+    ids = torch.tensor([[0] * 9 + [*row.prompt, *row.chosen]])  # on the left, as in generation
+    mask = torch.tensor([[0] * 9 + [1] * (len(row.prompt) + len(row.chosen))])
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits = lm(ids, attention_mask=mask, position_ids=places).logits
+    left = spac.sequence_logps(
+        logits[:, :-1], ids[:, 1:], torch.arange(1, ids.shape[1])[None] >= 9 + len(row.prompt)
+    )
+    assert left.item() == pytest.approx(alone.item(), abs=1e-5)
+    unmasked = lm(ids).logits[:, :-1]  # control: padding that is seen
+    wrong = spac.sequence_logps(
+        unmasked, ids[:, 1:], torch.arange(1, ids.shape[1])[None] >= 9 + len(row.prompt)
+    )
+    assert abs(wrong.item() - alone.item()) > 1e-3
+
+
+def test_with_no_critic_the_first_round_has_dpos_gradient():
+    rows, reference = rows_of(8), small_model(seed=1)
+    lm = small_model(seed=2)
+    with torch.no_grad():
+        played = {
+            r.number: tm.Played(
+                list(r.prompt),
+                [slow_logp(reference, r.prompt, y).item() for y in (r.chosen, r.rejected, r.prompt)],
+            )
+            for r in rows
+        }
+    ours = {lam: gradient(run_of(lm, rows, lam=lam), played) for lam in (math.inf, 1.0)}
+    lm.zero_grad()
+    dpo = 0.0
+    for r in rows:  # -log sigmoid(beta (log pi/ref of chosen - log pi/ref of rejected))
+        ratios = [
+            sum(
+                -F.cross_entropy(
+                    lm(torch.tensor([[*r.prompt, *y]])).logits[0, len(r.prompt) - 1 : -1],
+                    torch.tensor(list(y)),
+                    reduction="none",
+                )
+            )
+            - known
+            for y, known in zip((r.chosen, r.rejected), played[r.number].logps)
+        ]
+        dpo = dpo + (1 + (-0.3 * (ratios[0] - ratios[1])).exp()).log() / len(rows)
+    dpo.backward()
+    theirs = torch.cat([p.grad.flatten() for p in lm.parameters()])
+    assert apart(ours[math.inf], theirs) < 1e-5
+    assert apart(ours[1.0], theirs) > 1e-2  # control: with the critic it is another gradient
+
+
+# -------------------------------------------------------- y' ~ pi_t
+
+
+def test_sampled_frequencies_match_the_softmax_and_inherit_nothing_from_the_model():
+    """400 first tokens of a 100-word vocabulary at each of 4 prompts; chi-square of 99 degrees:
+    above 220 with probability below 1e-10 a prompt if the sampler is right."""
+    lm = small_model(vocab_size=100)
+    lm.generation_config = GenerationConfig(top_k=5, temperature=0.5, repetition_penalty=3.0)
+    run = run_of(lm, [], max_response=1)
+    with torch.no_grad():
+        lm.get_output_embeddings().weight.mul_(0.25)  # nearly flat: top_k would show at once
+
+    def chi_square(draw):
+        worst = 0.0
+        for prompt in ([1, 7, 9], [1, 30], [1, 4, 4, 60], [1, 99]):
+            with torch.no_grad():
+                p = lm(torch.tensor([prompt])).logits[0, -1].double().softmax(-1)
+            counts = torch.bincount(draw([prompt] * 400), minlength=100)
+            worst = max(worst, ((counts - 400 * p) ** 2 / (400 * p)).sum().item())
+        return worst
+
+    def ours(prompts):
+        return torch.tensor([y[0] for y in tm.sample(run, prompts, seed=0)])
+
+    def defaults(prompts):  # control: what generate does when left alone
+        torch.manual_seed(0)
+        lm.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
+        with torch.no_grad():
+            return lm.generate(torch.tensor(prompts), do_sample=True, max_new_tokens=1)[:, -1]
+
+    assert chi_square(ours) < 220
+    assert chi_square(defaults) > 220
+
+
+def test_sampling_leaves_the_global_generator_alone_and_depends_on_the_seed():
+    run = run_of(small_model(), [])
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, again, other = (tm.sample(run, [[1, 5], [1, 9, 8]], seed=s) for s in (1, 1, 2))
+    assert torch.equal(before, torch.get_rng_state())
+    assert first == again != other
+
+
+def test_the_score_of_sampled_ids_is_the_samplers_own_log_probability():
+    rows, lm = rows_of(12), small_model()
+    run = run_of(lm, rows, generate_batch=12)
+    prompts = [r.prompt for r in rows]
+    ours = tm.sample(run, prompts, seed=3)
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(x)) + list(x) for x in prompts])
+    mask = (torch.arange(longest) >= torch.tensor([[longest - len(x)] for x in prompts])).long()
+    torch.manual_seed(3)
+    out = lm.generate(
+        ids, attention_mask=mask, max_new_tokens=7, do_sample=True, top_k=0, eos_token_id=2,
+        pad_token_id=2, output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    drawn = out.sequences[:, longest:].tolist()
+    steps = torch.stack(out.logits, 1).double().log_softmax(-1)
+    with torch.no_grad():
+        scored = run.scorer([(x, [y]) for x, y in zip(prompts, ours)])[:, 0]
+    for i, y in enumerate(ours):
+        assert y == drawn[i][: len(y)]  # the sampled ids, an end token only where it was drawn
+        assert (y[-1] == 2) == (2 in drawn[i]) and 2 not in y[:-1]
+        own = sum(steps[i, t, token] for t, token in enumerate(y)).item()
+        assert scored[i].item() == pytest.approx(own, abs=1e-4)
+        cooled = sum((steps[i] / 0.5).log_softmax(-1)[t, token] for t, token in enumerate(y))
+        assert abs(scored[i].item() - cooled.item()) > 1e-3  # control: another temperature
+
+
+def test_at_step_0_pi_is_pi_t_and_a_model_that_is_not_is_refused(tmp_path, capsys):
+    rows = rows_of(9)
+    for sharing in (False, True):
+        run = run_of(small_model(), rows, tmp_path / f"{sharing}", batch=4, lr=1e-3, clip=9.0)
+        run.scorer.sharing = sharing
+        played = tm.play(run, rows, "round-1")
+        told = tm.accumulate(run, rows, played)
+        assert max(pair["gap"] for pair in told) < 1e-5
+        assert told[0]["preference"] == pytest.approx(math.log(2), abs=1e-5)
+    with torch.no_grad():  # control: other weights than those that were scored
+        next(run.scorer.parameters()).mul_(1.01)
+    run.out.mkdir(exist_ok=True)
+    with pytest.raises(SystemExit, match="pi is not pi_t"):
+        tm.train(run, played, None)
+    assert "pi is pi_t to" in capsys.readouterr().out
+
+
+def test_dropout_in_a_models_config_is_switched_off(tmp_path):
+    lm = small_model(attention_dropout=0.5)
+    lm.save_pretrained(tmp_path)
+    tm.CopyDigits().tokenizer().save_pretrained(tmp_path)
+    argv = ["--preset", "mistral-7b", "--model", str(tmp_path), "--data", "none.jsonl"]
+    loaded, _ = tm.load_model(tm.parse(argv))
+    item = [(array("i", [1, 5, 6]), [array("i", [7, 8, 9])])]
+    assert torch.equal(tm.Scorer(loaded).train()(item), tm.Scorer(loaded).eval()(item))
+    with_dropout = AutoModelForCausalLM.from_pretrained(tmp_path)  # control
+    assert not torch.equal(
+        tm.Scorer(with_dropout).train()(item), tm.Scorer(with_dropout).eval()(item)
+    )
+
+
+def test_a_round_moves_every_parameter_and_leaves_pi_t_as_it_was(tmp_path):
+    rows = rows_of(8)
+    run = run_of(small_model(), rows, tmp_path, batch=4, lr=1e-3, epochs=2)
+    run.state["logs"] = {"log.jsonl": 0}
+    before = {name: p.detach().clone() for name, p in run.scorer.named_parameters()}
+    played = tm.play(run, rows, "round-1")
+    files = {path: path.read_bytes() for path in tmp_path.rglob("play/*/*")}
+    tm.train(run, played, None)
+    moved = [(p != before[name]).any().item() for name, p in run.scorer.named_parameters()]
+    assert all(moved)
+    assert files and all(path.read_bytes() == data for path, data in files.items())
+    still = run_of(small_model(), rows, tmp_path / "b", batch=4, lr=1e-30)  # control: no step
+    (tmp_path / "b").mkdir()
+    still.state["logs"] = {"log.jsonl": 0}
+    tm.train(still, played, None)
+    assert not any((p != before[n]).any().item() for n, p in still.scorer.named_parameters())
+
+
+# -------------------------------------------------------- text to ids
+
+
+def word_tokenizer(bos=True, adds_bos=True, pad="<pad>", template=None):
+    """A byte-level BPE with merges, trained on one sentence; BOS, EOS and pad as asked for."""
+    special = ["<pad>", "<s>", "</s>", "<|user|>"]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(["the user asks the assistant: answer the user"] * 9, trainer)
+    if bos and adds_bos:
+        backend.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", pad_token=pad, bos_token="<s>" if bos else None
+    )
+    tokenizer.chat_template = template or tm.PLAIN_TEMPLATE
+    return tokenizer
+
+
+PAIR = {"prompt": "the user asks", "chosen": "the answer", "rejected": "an assistant"}
+NO_BOS = "{% for m in messages %}<|user|>{{ m.content }}</s>{% endfor %}"
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "</s>"])
+@pytest.mark.parametrize("bos, adds_bos", [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("template", [None, NO_BOS + "{{ '<|user|>' if add_generation_prompt }}"])
+def test_there_is_one_bos_and_one_trained_eos_whatever_the_tokenizer(pad, bos, adds_bos, template):
+    tokenizer = word_tokenizer(bos, adds_bos, pad, template)
+    row = tm.encode(PAIR, 1, tokenizer, {tokenizer.eos_token_id}, tm.Config(max_prompt=64, max_response=64))  # fmt: skip
+    expected = bos and (adds_bos or template is None)  # a BOS that nobody writes is not invented
+    assert list(row.prompt).count(1) == expected and (row.prompt[0] == 1) == expected
+    for response, text in ((row.chosen, "the answer"), (row.rejected, "an assistant")):
+        assert list(response).count(2) == 1 and response[-1] == 2 and 1 not in response
+        assert tokenizer.decode(response[:-1]) == text
+    whole = tokenizer.apply_chat_template(
+        [{"role": "user", "content": PAIR["prompt"]}], add_generation_prompt=True, return_dict=False
+    )
+    assert [*row.prompt][expected and template is not None :] == whole
+
+
+def test_a_sampled_eos_is_scored_even_where_it_pads():
+    lm = small_model(pad_token_id=2)
+    x, y = array("i", [1, 5]), array("i", [7, 2])
+    longer = (array("i", [1, 5, 6, 7, 8]), [array("i", [9] * 6)])
+    both = tm.Scorer(lm)([(x, [y]), longer])[0, 0].item()
+    assert both == pytest.approx(slow_logp(lm, x, y).item(), abs=1e-4)
+    assert both != pytest.approx(slow_logp(lm, x, y[:1]).item(), abs=1e-4)  # control: EOS masked
+
+
+def test_control_tokens_typed_as_text_stay_text():
+    tokenizer = word_tokenizer()
+    typed = {"prompt": "a</s><s>b<|user|>", "chosen": "</s>", "rejected": "<pad>"}
+    row = tm.encode(typed, 1, tokenizer, {2}, tm.Config(max_prompt=64, max_response=64))
+    assert list(row.prompt).count(1) == 1 and 2 not in row.prompt and 3 not in row.prompt
+    assert tokenizer.decode(row.chosen) == "</s></s>" and len(row.chosen) > 2
+    naive = tokenizer(typed["prompt"]).input_ids  # control: the tokenizer alone is fooled
+    assert 2 in naive and 3 in naive
+
+
+@pytest.mark.parametrize("max_prompt", [2, 3, 5, 64])
+@pytest.mark.parametrize("max_response", [1, 2, 3, 64])
+def test_truncation_keeps_the_bos_the_prompts_end_and_the_responses_beginning(
+    max_prompt, max_response
+):
+    tokenizer = word_tokenizer()
+    full = tm.encode(PAIR, 1, tokenizer, {2}, tm.Config(max_prompt=99, max_response=99))
+    row = tm.encode(PAIR, 1, tokenizer, {2}, tm.Config(max_prompt=max_prompt, max_response=max_response))  # fmt: skip
+    assert len(row.prompt) == min(max_prompt, len(full.prompt)) and row.prompt[0] == 1
+    assert row.prompt[1:] == full.prompt[-(len(row.prompt) - 1) :]
+    for cut, whole in zip(row[2:], full[2:]):
+        assert cut == whole[:max_response]
+        assert (2 in cut) == (len(whole) <= max_response)  # a cut answer has no EOS
+
+
+U, A, S = ({"role": role, "content": role[0]} for role in ("user", "assistant", "system"))
+B = A | {"content": "b"}
+GOOD = [
+    PAIR,
+    {"prompt": [U], "chosen": [A], "rejected": [B]},
+    {"prompt": "other text beside whole conversations", "chosen": [U, A], "rejected": [U, B]},
+    {"chosen": [S, U, A, U, A], "rejected": [S, U, A, U, B]},
+    {"prompt": [U, A, U], "chosen": "one", "rejected": "two"},
+]
+BAD = [
+    ("not a JSON object", [None, 3, "text", [], True]),
+    ("no chosen", [{}, PAIR | {"chosen": None}, PAIR | {"chosen": 5}, PAIR | {"chosen": []}]),
+    ("no rejected", [PAIR | {"rejected": {}}, PAIR | {"rejected": 1.5}]),
+    ("no prompt", [{"chosen": "a", "rejected": "b"}, PAIR | {"prompt": 3}]),
+    ("wrong role order", [PAIR | {"prompt": []}, PAIR | {"prompt": [A]}, PAIR | {"prompt": [S]}]),
+    ("wrong role order", [{"chosen": [U, U, A], "rejected": [U, U, B]}, PAIR | {"chosen": [U]}]),
+    ("wrong role order", [PAIR | {"chosen": [{"role": ["x"], "content": "x"}]}]),
+    ("a message without text", [PAIR | {"chosen": ["x"]}, PAIR | {"chosen": [{"role": "user"}]}]),
+    ("a message without text", [PAIR | {"prompt": [U | {"content": [{"type": "text"}]}]}]),
+    ("an empty prompt or response", [PAIR | {"chosen": " \n"}, PAIR | {"prompt": ""}]),
+    ("different prompts", [{"chosen": [U, A], "rejected": [U | {"content": "?"}, B]}]),
+    ("chosen equals rejected", [PAIR | {"rejected": PAIR["chosen"]}]),
+    ("where they are cut", [PAIR | {"chosen": "x" * 99 + "y", "rejected": "x" * 99 + "z"}]),
+    ("not Unicode", [PAIR | {"chosen": "\ud800"}, PAIR | {"prompt": "\udfff!"}]),
+]
+
+
+def test_every_kind_of_bad_row_is_dropped_with_its_reason_and_good_ones_are_used(tmp_path):
+    rows = [row for _, bad in BAD for row in bad]
+    lines = [json.dumps(row).encode() for row in [*GOOD, *rows]]
+    broken = [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"prompt": "x"', b"1" * 5000]
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b"\n".join(lines + broken))
+    argv = ["--preset", "mistral-7b", "--data", str(path), "--max_response", "50"]
+    kept, dropped = tm.load_rows(str(path), word_tokenizer(), {2}, tm.parse(argv))
+    assert [row.number for row in kept] == list(range(1, len(GOOD) + 1))  # control: those pass
+    expected = [reason for reason, bad in BAD for _ in bad] + ["not a JSON object"] * len(broken)
+    assert [d["row"] for d in dropped] == list(range(len(GOOD) + 1, len(lines + broken) + 1))
+    for line, reason in zip(dropped, expected):
+        assert reason in line["reason"], line
+
+
+def test_parquet_is_read_like_jsonl(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_list([PAIR, PAIR | {"chosen": ""}]).to_parquet(tmp_path / "pairs.parquet")
+    source = str(tmp_path / "pairs.parquet")
+    config = tm.parse(["--preset", "mistral-7b", "--data", source])
+    kept, dropped = tm.load_rows(source, word_tokenizer(), {2}, config)
+    assert kept == [tm.encode(PAIR, 1, word_tokenizer(), {2}, config)] and len(dropped) == 1
+
+
+def test_a_template_that_refuses_or_rewrites_drops_the_row():
+    refuses = word_tokenizer(template="{{ raise_exception('no') }}")
+    rewrites = word_tokenizer(template="{{ messages | length }}{{ messages[-1].content }}</s>")
+    config = tm.Config(max_prompt=64, max_response=64)
+    with pytest.raises(tm.Unusable, match="refused"):
+        tm.encode(PAIR, 1, refuses, {2}, config)
+    with pytest.raises(tm.Unusable, match="rewrites"):
+        tm.encode(PAIR, 1, rewrites, {2}, config)
+
+
+# -------------------------------------------------------- one run, and a run cut short
+
+
+def child(argv, environment):
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    os.setpgid(0, 0)
+    with open(environment["SAID"], "a") as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+    tm.main(tm.parse(argv))
+
+
+def start(argv, said, processes=1):
+    """Starts `train_mistral.py ARGV` on so many processes, forked from a server that has imported
+    everything, which is torchrun without the seconds."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["train_mistral"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    group = group if processes > 1 else {}
+    started = []
+    for r in range(processes):
+        environment = group | dict(RANK=str(r), LOCAL_RANK=str(r), SAID=f"{said}.{r}")
+        started.append(context.Process(target=child, args=(argv, environment)))
+        started[-1].start()
+    return started
+
+
+def finish(started):
+    for process in started:
+        process.join(100)
+    return [process.exitcode for process in started]
+
+
+def result(out):
+    """All that a run leaves, but for clock times and memory."""
+    logs = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    for event in logs:
+        event.pop("seconds", None), event.pop("peak_bytes", None)
+    weights = [(out / f"round-{n}" / "model.safetensors").read_bytes() for n in range(3)]
+    played = sorted((p.relative_to(out), p.read_bytes()) for p in out.glob("play/*/*"))
+    return logs, weights, played, (out / "samples.jsonl").read_text()
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A short tiny run that nothing interrupts, on one process and on two."""
+    folder = tmp_path_factory.mktemp("runs")
+    for processes in (1, 2):
+        out = folder / str(processes)
+        argv = [*SHORT, "--out", str(out)]
+        started = start(argv, folder / f"said{processes}", processes)
+        assert finish(started) == [0] * processes, (folder / f"said{processes}.0").read_text()
+    return folder
+
+
+def test_two_processes_log_the_same_course_as_one(straight):
+    one, two = result(straight / "1"), result(straight / "2")
+    for a, b in zip(one[0], two[0]):
+        assert {k: a[k] for k in ("event", "round")} == {k: b[k] for k in ("event", "round")}
+        if a["event"] in ("sft", "step") and a["round"] < 2:
+            for name in ("loss", "grad_norm", "lr"):
+                assert a[name] == pytest.approx(b[name], rel=2e-4), (name, a, b)
+    assert one[0][0]["grad_norm"] == pytest.approx(two[0][0]["grad_norm"], rel=1e-6)
+    assert one[0][1]["grad_norm"] != pytest.approx(two[0][0]["grad_norm"], rel=1e-6)  # control
+
+
+def gradient_and_play(rank, processes, port, out):
+    os.environ |= dict(WORLD_SIZE=str(processes), RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    torch.set_num_threads(1)
+    if processes == 1:
+        del os.environ["WORLD_SIZE"]
+    device = tm.start_processes()
+    rows = rows_of(11)  # ragged: 6 and 5 rows, micro-batches of 2
+    for sharing in (False, True):
+        run = run_of(small_model(), rows, Path(out) / f"{processes}-{sharing}", micro_batch=2)
+        tm.shard(run.scorer, device)
+        run.state["pi_t"] = "the same on one and two processes"
+        run.scorer.sharing = sharing
+        with torch.no_grad():
+            run.scorer([(rows[0].prompt, [rows[0].chosen])])
+        played = tm.play(run, rows, "round-1")
+        run.scorer.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        run.scorer.train()
+        tm.accumulate(run, rows, fake_play(rows))
+        grads = [p.grad.full_tensor() if processes > 1 else p.grad for p in run.scorer.parameters()]
+        if rank == 0:
+            flat = torch.cat([g.flatten() for g in grads])
+            torch.save((flat, [tuple(p) for p in played.values()]), f"{out}/{processes}-{sharing}.pt")
+
+
+def test_one_or_two_processes_give_the_same_gradient_and_samples(tmp_path):
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["train_mistral"])
+    for processes in (1, 2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        started = [
+            context.Process(target=gradient_and_play, args=(r, processes, port, str(tmp_path)))
+            for r in range(processes)
+        ]
+        for process in started:
+            process.start()
+        assert finish(started) == [0] * processes
+    for sharing in (False, True):
+        (one, played), (two, same) = (torch.load(tmp_path / f"{n}-{sharing}.pt") for n in (1, 2))
+        assert apart(two, one) < 1e-6
+        assert apart(two[one.argsort()], one) > 0.1  # control
+        assert [y for y, _ in played] == [y for y, _ in same]
+        assert len({tuple(y) for y, _ in played}) > 5  # control: the samples do differ by row
+
+
+def test_the_log_has_the_fields_of_the_contract(straight):
+    events = result(straight / "1")[0]
+    steps = [e for e in events if e["event"] == "step"]
+    wanted = "round step loss preference critic accuracy margin logp_chosen logp_rejected "
+    wanted = (wanted + "logp_generated kl grad_norm lr").split()
+    assert steps and all(set(wanted) <= set(event) for event in steps)
+    rounds = [e for e in map(json.loads, open(straight / "1" / "log.jsonl")) if e["event"] == "round"]
+    assert [event["round"] for event in rounds] == [0, 1, 2]
+    wanted = "reward outside length finished max_implied_reward heldout_accuracy seconds peak_bytes"
+    assert all(set(wanted.split()) <= set(event) for event in rounds)
+    assert {"generate", "score", "train", "save"} <= set(rounds[1]["seconds"])
+    assert steps[0]["preference"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_a_saved_round_reloads_to_the_same_logits_with_its_tokenizer(straight):
+    folder = straight / "1" / "round-2"
+    lm, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert lm.dtype == torch.float32
+    state = torch.load(
+        __import__("io").BytesIO(tm.unseal(next((straight / "1" / "state").glob("*-0")))),
+        weights_only=True,
+    )["model"]
+    live = tm.CopyDigits().model(0)
+    start_logits = live(torch.tensor([[1, 5, 6]])).logits
+    live.load_state_dict({name.removeprefix("lm."): w for name, w in state.items()})
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "123456"}], return_dict=False)
+    assert ids == [1, 5, 6, 7, 8, 9, 10, 3] and tokenizer.decode(ids) == "<s>123456="
+    ids = torch.tensor([ids])
+    assert torch.equal(lm.eval()(ids).logits, live.eval()(ids).logits)
+    assert not torch.equal(lm(torch.tensor([[1, 5, 6]])).logits, start_logits)  # control
+    assert lm.generation_config.eos_token_id == 2
+    assert (straight / "1" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_round_of_a_tied_or_untied_model_reloads_to_equal_logits(tmp_path, tied):
+    lm = small_model(kind=LlamaConfig, tie_word_embeddings=tied)
+    run = run_of(lm, rows_of(2), tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    tm.save_round(run)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "round-1").eval()
+    ids = torch.tensor([[1, 5, 6, 7]])
+    assert torch.equal(again(ids).logits, lm(ids).logits)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_ends_as_if_nothing_had_happened(straight, tmp_path, processes):
+    expected = result(straight / str(processes))
+    argv, out = [*SHORT, "--out", str(tmp_path / "run")], tmp_path / "run"
+    kills, moment = 0, random.Random(processes)
+    for lines in (1, 4, 7, 9)[:: 1 if processes == 1 else 2]:  # of the log: SFT to the last round
+        started = start(argv, tmp_path / "said", processes)
+        log = out / "log.jsonl"
+        while started[0].is_alive() and (
+            not log.exists() or len(log.read_bytes().splitlines()) < lines
+        ):
+            time.sleep(0.002)
+        time.sleep(moment.uniform(0, 0.05))
+        for process in started:
+            process.kill()
+        kills += -signal.SIGKILL in finish(started)
+    assert kills >= 2
+    assert finish(start(argv, tmp_path / "said", processes)) == [0] * processes
+    logs, weights, played, samples = result(out)
+    assert weights == expected[1] and played == expected[2]
+    assert logs == expected[0] and samples == expected[3]
+    assert weights[1] != weights[2]  # control: rounds differ, so equality says something
+    assert not list(out.rglob("*.tmp")) or (out / "state" / "page").exists()
+
+
+def test_sigterm_saves_and_leaves_and_the_run_goes_on(straight, tmp_path):
+    argv, out = [*SHORT, "--out", str(tmp_path / "run")], tmp_path / "run"
+    argv[argv.index("--checkpoint_every") + 1] = "1000"
+    started = start(argv, tmp_path / "said")
+    while not (out / "log.jsonl").exists() or b"sft" not in (out / "log.jsonl").read_bytes():
+        time.sleep(0.001)
+    os.kill(started[0].pid, signal.SIGTERM)
+    assert finish(started) == [1]
+    assert "all is saved" in (tmp_path / "said.0").read_text() or "is saved" in (
+        tmp_path / "said.0"
+    ).read_text()
+    assert (out / "state" / "page").exists()
+    assert finish(start(argv, tmp_path / "said")) == [0]
+    assert result(out)[1] == result(straight / "1")[1]
+
+
+def in_process(argv):
+    tm.leaving.clear()
+    tm.main(tm.parse(argv))
+
+
+def copy_run(straight, to):
+    import shutil
+
+    shutil.copytree(straight / "1", to)
+    return [*SHORT, "--out", str(to)]
+
+
+def test_another_argument_or_world_size_in_the_same_folder_is_refused(straight, tmp_path):
+    argv = copy_run(straight, tmp_path / "run")
+    before = result(tmp_path / "run")
+    with pytest.raises(SystemExit, match="lam was 10.0, is 7.0"):
+        in_process([*argv, "--lam", "7"])
+    with pytest.raises(SystemExit, match="data_sha256 was|seed was"):
+        in_process([*argv, "--seed", "1"])
+    assert finish(start(argv, tmp_path / "said", 2)) == [1, 1]
+    assert "processes was 1, is 2" in (tmp_path / "said.0").read_text()
+    in_process(argv)  # control: the same command has nothing left to do, and does nothing
+    assert result(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+@pytest.mark.parametrize("name", ["state/page", "state/*-0"])
+def test_a_damaged_state_is_named_and_not_used(straight, tmp_path, name, damage):
+    argv = copy_run(straight, tmp_path / "run")
+    path = next((tmp_path / "run").glob(name))
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data if damage == "flip" else data[:-5])
+    if damage == "remove":
+        path.unlink()
+        if name == "state/page":
+            return  # then there is no state, and the run starts again: nothing wrong is used
+    with pytest.raises(SystemExit, match=path.name + " is damaged"):
+        in_process(argv)
+
+
+def test_damaged_self_play_is_made_again_while_pi_t_is_there_and_named_after(tmp_path):
+    rows = rows_of(9)
+    run = run_of(small_model(), rows, tmp_path)
+    played = tm.play(run, rows, "round-1")
+    path = next((tmp_path / "play" / "round-1").iterdir())
+    good = path.read_bytes()
+    path.write_bytes(good.replace(b"[", b"[7, ", 1))
+    assert tm.play(run, rows, "round-1") == played and path.read_bytes() == good
+    path.write_bytes(good[:-1])
+    run.state["step"] = 3
+    with pytest.raises(SystemExit, match=path.name):
+        tm.play(run, rows, "round-1")
+    run.state |= {"step": 0, "pi_t": "another model"}  # a stale page is made again too
+    tm.play(run, rows, "round-1")
+    assert path.read_bytes() != good
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_rows_and_keeps_the_state(tmp_path):
+    rows = rows_of(8)
+    run = run_of(small_model(), rows, tmp_path, batch=4, lr=1e-3)
+    played = fake_play(rows) | {5: tm.Played([3], [math.nan, -1.0, -1.0])}
+    batches = tm.batches_of(run)
+    step = next(i for i, batch in enumerate(batches) if 5 in [row.number for row in batch])
+    run.state |= {"step": 1, "logs": {}} if step == 1 else {"logs": {}}
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "page").write_text("the last good state")
+    with pytest.raises(SystemExit, match=rf"round 1 step {step}.* rows \[5\]"):
+        tm.train(run, played, None)
+    assert (tmp_path / "state" / "page").read_text() == "the last good state"
+    run.state["step"] = 1  # control: the same without that row's nan goes through
+    tm.train(run, fake_play(rows), None)
+
+
+def test_a_dry_run_prints_the_plan_and_touches_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    in_process([*SHORT, "--dry_run"])
+    said = capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    for word in ("pairs to train on", "held out", "dropped", "steps", "tokens", "parameters", "GB"):
+        assert word in said
+
+
+def test_a_folder_that_cannot_be_written_and_too_small_a_disk_are_found_first(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        in_process([*SHORT, "--out", str(tmp_path / "file" / "run")])
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(tm.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(SystemExit, match="GB free"):
+        in_process([*SHORT, "--out", str(tmp_path / "run")])
+
+
+def test_your_model_and_your_pairs_take_the_same_road(tmp_path):
+    """A folder with a 200-token vocabulary and a .jsonl of text pairs: two rounds, three files."""
+    tokenizer = word_tokenizer()
+    small_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    words = random.Random(0)
+    lines = [
+        {"prompt": f"ask {i}", "chosen": "the answer " * words.randint(1, 3), "rejected": f"no {i}"}
+        for i in range(20)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, [*lines, {"prompt": 1}])))
+    argv = ["--preset", "mistral-7b", "--model", str(tmp_path / "model"), "--heldout", "4"]
+    argv += ["--data", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "out"), "--lr", "1e-3"]
+    argv += "--rounds 2 --max_prompt 12 --max_response 9 --batch 8 --optimizer adafactor".split()
+    in_process(argv)
+    assert sorted(p.name for p in (tmp_path / "out").glob("round-*")) == ["round-1", "round-2"]
+    assert [json.loads(x)["row"] for x in open(tmp_path / "out" / "dropped.jsonl")] == [21]
+    rounds = [json.loads(x) for x in open(tmp_path / "out" / "log.jsonl") if '"round", ' in x]
+    assert len(rounds) == 3 and "reward" not in rounds[0]
+    first = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    last = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "round-2").state_dict()
+    assert all((first[name] != last[name]).any() for name in first)
+    with pytest.raises(SystemExit):  # control: tiny takes no model
+        tm.parse(["--model", "x"])
+
+
+def test_a_head_that_is_more_than_a_matrix_and_a_window_are_noticed(capsys):
+    row = tm.Row(1, array("i", range(3, 20)), array("i", [5, 6, 7]), array("i", [8, 9]))
+    for window, words in ((None, "share one row"), (4, "take a row each")):
+        lm = small_model(sliding_window=window)
+        tm.check_model(tm.Scorer(lm), row)
+        assert words in capsys.readouterr().out
+    forward = lm.forward
+    lm.forward = lambda *a, **k: forward(*a, **k).__class__(logits=forward(*a, **k).logits * 0.5)
+    with pytest.raises(SystemExit, match="more than a matrix"):
+        tm.check_model(tm.Scorer(lm), row)
+
+
+# -------------------------------------------------------- the tiny world, and the options
+
+
+def test_the_tiny_worlds_labels_follow_bradley_terry_on_its_reward():
+    """4,000 pairs; a share of wins in a bin of n has standard error sqrt(p (1-p) / n): 5 of them,
+    missed with probability below 1e-6 a bin."""
+    world, wins = tm.CopyDigits(), {}
+    for pair in world.pairs(4000, seed=1):
+        rewards = [world.reward(pair["prompt"], pair[side]) for side in ("chosen", "rejected")]
+        gap = round(2 * abs(rewards[0] - rewards[1]))
+        wins.setdefault(gap, Counter())[rewards[0] >= rewards[1]] += 1
+        assert not world.outside(pair["chosen"]) and world.outside("1a3456") and world.outside("1")
+    for gap, count in wins.items():
+        if gap:
+            n, p = count.total(), 1 / (1 + math.exp(-gap / 2))
+            assert abs(count[True] / n - p) < 5 * math.sqrt(p * (1 - p) / n)
+    assert abs(wins[2][True] / wins[2].total() - 0.5) > 0.1  # control: labels are not coin flips
+    assert world.reward("123456", "123456") == world.best
+
+
+def test_options_out_of_range_or_abbreviated_are_refused(capsys):
+    for argv in (["--lam", "0"], ["--lam", "nan"], ["--batch", "0"], ["--critic", "x"], ["--roun", "2"]):
+        with pytest.raises(SystemExit):
+            tm.parse(argv)
+    assert tm.parse(["--lam", "inf"]).lam == math.inf
+    help_of = [tm.parse, ["--help"]]
+    with pytest.raises(SystemExit):
+        help_of[0](help_of[1])
+    said = capsys.readouterr().out
+    for field in tm.dataclasses.fields(tm.Config):
+        assert f"--{field.name}" in said and field.metadata["help"]
+
+
+def test_the_learning_rate_warms_up_and_ends_near_zero():
+    rates = [tm.learning_rate(step, 100, 1.0, 0.1) for step in range(100)]
+    assert rates[:10] == pytest.approx([i / 10 for i in range(1, 11)])
+    assert max(rates) == 1.0 and rates[-1] < 1e-3 and rates == sorted(rates[:11]) + rates[11:]
+    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_the_order_of_a_round_depends_on_seed_round_and_epoch_and_covers_every_row():
+    rows = rows_of(11)
+    run = run_of(small_model(), rows, batch=4, epochs=2)
+    batches = tm.batches_of(run)
+    assert [len(batch) for batch in batches] == [4, 4, 3] * 2
+    epochs = [[row.number for batch in half for row in batch] for half in (batches[:3], batches[3:])]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(1, 12)) and epochs[0] != epochs[1]
+    assert batches == tm.batches_of(run)
+    run.state["round"] = 2
+    assert batches != tm.batches_of(run)
