@@ -410,7 +410,8 @@ def shard(scorer: Scorer, device: torch.device) -> None:
     for unit in [*layers, scorer]:
         unit.to(device, torch.float32)
         if device.type == "cuda" or dist.get_world_size() > 1:
-            fully_shard(unit, **(gpu if device.type == "cuda" else {}))
+            policy = gpu if device.type == "cuda" else {}
+            fully_shard(unit, reshard_after_forward=True, **policy)  # the root too: parameters()
 
 
 @contextlib.contextmanager
@@ -425,7 +426,7 @@ def gathered(scorer: Scorer):
         yield
     for unit in units:
         unit.reshard()
-        unit.set_reshard_after_forward(unit is not scorer, recurse=False)
+        unit.set_reshard_after_forward(True, recurse=False)
 
 
 @torch.no_grad()
