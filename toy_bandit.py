@@ -49,9 +49,8 @@ class Instance(NamedTuple):
 
 def random_instances(count: int, rng: np.random.Generator, X=2, A=5, R=2.0) -> Instance:
     """The stated law: rho uniform, mu(.|x) ~ Dirichlet(2, .., 2), r*(x, y) ~ Uniform[0, R]."""
-    mu = rng.dirichlet(np.full(A, 2.0), (count, X))
-    reward, rho = rng.uniform(0, R, (count, X, A)), np.full((count, X), 1 / X)
-    return Instance(*(torch.tensor(t) for t in (mu, reward, rho)), R)
+    mu, reward = rng.dirichlet(np.full(A, 2.0), (count, X)), rng.uniform(0, R, (count, X, A))
+    return Instance(torch.tensor(mu), torch.tensor(reward), torch.ones(count, X).double() / X, R)
 
 
 def single_prompt(mu: list[float], reward: list[float], R=2.0) -> Instance:
@@ -217,6 +216,7 @@ class Theorem(NamedTuple):
     transfer: Tensor  # max rho / rhohat, Eq. 20
     bound: Tensor  # on J(pi*) - J(mixture); infinite where the data do not reach pi*
     classical: Tensor  # the same with the textbook's constants, Eq. 25
+    coverage: Tensor  # C^ = v' G+ v, which tends to chi2/2, Eq. 19
 
 
 def theorem(world: Instance, wins: Tensor, rounds: int, start=None, plain=False) -> Theorem:
@@ -239,16 +239,15 @@ def theorem(world: Instance, wins: Tensor, rounds: int, start=None, plain=False)
     lam = (lam_norm * n / (8 * lam_L)).sqrt()
     slack = 2 * lam * L / n
     statistics = norm / (4 * lam) + slack
-    divergence = torch.xlogy(target, target) - torch.xlogy(target, start)
-    divergence = (prompts * divergence.sum(-1)).sum(-1)  # Eq. 21
+    divergence = -(prompts * torch.xlogy(target, start).sum(-1)).sum(-1)  # KL, Eq. 21
     eta = (8 * divergence / (rounds * R * R)).sqrt().clamp(min=1e-12)
     regret = divergence / (eta * rounds) + eta * R * R / 8
     cover = rank * (R * n).ceil().log() + 1 - log_delta
-    classical = regret + (2 * C_hat * cover / (kappa**2 * n)).sqrt()
     transfer = (world.rho / prompts).amax(-1)
+    classical = transfer * (regret + (2 * C_hat * cover / (kappa**2 * n)).sqrt())
     unreached = (missed > 1e-8) | ~transfer.isfinite()
     bound = (transfer * (regret + statistics)).masked_fill(unreached, math.inf)
-    return Theorem(eta, lam, regret, statistics, slack, transfer, bound, transfer * classical)
+    return Theorem(eta, lam, regret, statistics, slack, transfer, bound, classical, C_hat)
 
 
 # -------------------------------------------------------- claims: expected first, then measured
@@ -656,8 +655,8 @@ def draw(path: Path, panels: list[dict]) -> None:
 
 def report(out: Path, name: str, claims: dict, data: dict, setting: dict) -> int:
     """Print the verdicts, write OUT/name.json and its figures; the exit status."""
-    setting = setting | {"torch": torch.__version__, "numpy": np.__version__, "threads": 1}
-    setting = setting | {"python": platform.python_version(), "machine": platform.machine()}
+    versions = {"torch": torch.__version__, "numpy": np.__version__, "threads": 1}
+    setting = setting | versions | {"python": platform.python_version()}
     result = {"claims": claims, "data": data, "setting": setting}
     (out / f"{name}.json").write_text(json.dumps(result, indent=1, default=float) + "\n")
     for figure, found in data.items():
@@ -694,7 +693,7 @@ def main() -> int:
             print(f"\r{k} of {len(EXPERIMENTS)} done ", end="", file=sys.stderr, flush=True)
             claims, data = claims | found, data | {experiment.__name__: pictures}
     print(file=sys.stderr)
-    return report(out, "toy_bandit", claims, data, vars(config) | {"out": None})
+    return report(out, "toy_bandit", claims, data, {"seed": config.seed, "quick": config.quick})
 
 
 if __name__ == "__main__":

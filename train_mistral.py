@@ -40,6 +40,7 @@ from typing import NamedTuple
 
 import datasets
 import jinja2
+import safetensors
 import tokenizers
 import torch
 import torch.distributed as dist
@@ -94,7 +95,7 @@ class Config:
     sft_epochs: int = option(10, 0, "passes of supervised training on both responses, as round 0")
     sft_lr: float = option(3e-3, 1e-5, "learning rate of those")
     beta: float = option(0.3, 0.1, "1 / eta: reward per nat of log-ratio to pi_t")
-    lam: float = option(10.0, 10.0, "weight of the data against the critic's doubt; inf: no critic")
+    lam: float = option(5.0, 10.0, "weight of the data against the critic's doubt; inf: no critic")
     critic: str = option("smoothed", "smoothed", "the doubt: Eq. 30 or Eq. 29", list(CRITICS))
     optimizer: str = option("adamw", "adamw", "adafactor: lr is per weight RMS", list(OPTIMIZERS))
     lr: float = option(3e-4, 5e-7, "peak of warm-up and cosine, anew each round")
@@ -352,7 +353,8 @@ class Scorer(nn.Module):
         states = states[states_at.to(ids.device).unbind()]  # (N, H), N response tokens in all
         chunks = zip(*(x.split(self.logits_chunk) for x in (states, labels.to(ids.device))))
         logps = torch.cat([checkpoint(self.head, *chunk, use_reentrant=False) for chunk in chunks])
-        return torch.stack([y.sum() for y in logps.split(lengths)]).view(len(items), -1)
+        sums = torch.stack([response.sum() for response in logps.split(lengths)])
+        return sums.view(len(items), -1).clone()  # a view would lose FSDP2's backward hook
 
     def head(self, states: Tensor, labels: Tensor) -> Tensor:  # logits live only in here
         return spac.token_logps(self.lm.get_output_embeddings()(states), labels)
@@ -449,12 +451,16 @@ def check_model(scorer: Scorer, row: Row) -> None:
     say(f"the responses to a prompt {way}")
 
 
+def shards_of(scorer: Scorer) -> dict[str, Tensor]:
+    """This rank's part of each weight that is trained: the same memory, without a gradient."""
+    trained = {n: p.detach() for n, p in scorer.named_parameters() if p.requires_grad}
+    return {n: p.to_local() if isinstance(p, DTensor) else p for n, p in trained.items()}
+
+
 def hash_of_model(scorer: Scorer) -> str:
     digest = hashlib.sha256()
-    for name, weight in scorer.named_parameters():
-        part = weight.to_local() if isinstance(weight, DTensor) else weight
-        bits = part.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        digest.update(name.encode() + bits.numpy().tobytes())
+    for name, shard in shards_of(scorer).items():
+        digest.update(name.encode() + shard.cpu().view(-1).view(torch.uint8).numpy().tobytes())
     return hashlib.sha256("".join(gather(digest.hexdigest())).encode()).hexdigest()
 
 
@@ -689,7 +695,8 @@ def train(run: Run, played: dict[int, Played] | None, saved: dict | None) -> Non
     """The rest of a round, from step state["step"] on; saved is the optimizer's state there."""
     config, state, batches = run.config, run.state, batches_of(run)
     weights = [weight for weight in run.scorer.parameters() if weight.requires_grad]
-    optimizer = OPTIMIZERS[config.optimizer](weights, weight_decay=0.0)
+    shards = [shard for shard in shards_of(run.scorer).values()]
+    optimizer = OPTIMIZERS[config.optimizer](shards, weight_decay=0.0)  # no torch Adafactor on DTensors
     if saved:
         optimizer.load_state_dict(saved)
     names, peak = (COLUMNS, config.lr) if played else (COLUMNS[:1], config.sft_lr)
@@ -699,7 +706,7 @@ def train(run: Run, played: dict[int, Played] | None, saved: dict | None) -> Non
     for step in range(state["step"], len(batches)):
         where, last = f"round {state['round']} step {step}", step + 1 == len(batches)
         with clock(state, "train"):
-            optimizer.zero_grad()
+            run.scorer.zero_grad()
             values = accumulate(run, batches[step], played)
             norm = nn.utils.clip_grad_norm_(weights, config.clip)
             norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
@@ -715,8 +722,9 @@ def train(run: Run, played: dict[int, Played] | None, saved: dict | None) -> Non
                 )
                 say(f"pi is pi_t to {gap:.1e} nats per root token, at most {limit}")
                 require(gap <= limit, f"{where}: pi is not pi_t; were they scored the same way?")
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, len(batches), peak, config.warmup)
+            for shard, weight in zip(shards, weights):
+                shard.grad = weight.grad.to_local() if isinstance(norm, DTensor) else weight.grad
+            optimizer.param_groups[0]["lr"] = learning_rate(step, len(batches), peak, config.warmup)
             optimizer.step()
         means = {name: fmean(pair[name] for pair in values) for name in names}
         told = means | {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
@@ -834,7 +842,7 @@ def claim(run: Run, dropped: list[dict], need: int) -> None:
         require(not (run.out / "state").exists(), f"{path} is gone, but not the run's state")
         run.out.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(run.out).free
-        require(free > need, f"{run.out} has {free / 1e9:.1f} GB free and needs {need / 1e9:.1f}")
+        require(free > need, f"{run.out} has {free / 1e9:.3f} GB free and needs {need / 1e9:.3f}")
         resolved = getattr(run.scorer.lm.config, "_commit_hash", None)
         versions = {m.__name__: m.__version__ for m in (torch, transformers, datasets)}
         write(run.out / "dropped.jsonl", "".join(json.dumps(d) + "\n" for d in dropped).encode())
@@ -876,7 +884,7 @@ def main(config: Config) -> None:
     saved = load_state(run)
     check_model(run.scorer, max(rows, key=lambda row: len(row.prompt) + len(row.chosen)))
     if device.type == "cuda":  # each layer is computed again in the backward pass
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        lm.activation_checkpointing_enable({"use_reentrant": False})
 
     while state["round"] <= config.rounds:
         played = play(run, rows, f"round-{state['round']}") if state["round"] else None
@@ -894,9 +902,9 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
+    config = parse()
     try:
-        main(parse())
-    except (OSError, datasets.exceptions.DatasetsError) as error:
-        raise SystemExit(
-            f"{error}\nWhat was saved stays: mend this, give the same command"
-        ) from None
+        main(config)
+    except (OSError, safetensors.SafetensorError, datasets.exceptions.DatasetsError) as error:
+        again = f"{config.out} keeps what was saved: mend this and give the same command again"
+        raise SystemExit(f"{error}\n{again}") from None

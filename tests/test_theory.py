@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import spac  # noqa: E402
 import toy_bandit as bandit  # noqa: E402
 
-DELTA = 0.05
+DELTA = 0.05  # toy_bandit.theorem's
+TIGHT = {"ftol": 1e-15, "gtol": 1e-10}  # for scipy's L-BFGS-B
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +101,16 @@ def matrices(instance, wins: Tensor) -> tuple[np.ndarray, ...]:
 def comparator_vector(instance, wins: Tensor, pi: Tensor) -> np.ndarray:
     prompts, muhat = spac.data_policy(wins)
     return (prompts.unsqueeze(-1) * (pi - muhat)).flatten().numpy()
+
+
+def data_coverage(worlds, wins: Tensor) -> Tensor:
+    """C^ = v'G+v of the best policy, from explicit matrices, for each world of one data set."""
+    values = []
+    for *world, data in zip(*worlds[:3], wins):
+        world = bandit.Instance(*world, worlds.R)
+        v = comparator_vector(world, data, bandit.greedy(world.reward))
+        values.append(v @ np.linalg.pinv(matrices(world, data)[1], rcond=1e-10) @ v)
+    return torch.tensor(np.array(values))
 
 
 # -------------------------------------------------------- setting
@@ -192,10 +203,10 @@ def test_the_bandits_supremum_agrees_with_half_chi_square_where_rewards_are_inte
     """Eq. 12: toy_bandit's solver; a reward at the edge of the box makes it smaller."""
     worlds = bandit.random_instances(100, rng)
     pi = random_policies(rng, 100, 2, 5)
-    ratio = bandit.coverage_supremum(worlds, pi) / bandit.half_chi2(worlds, pi)
-    assert (ratio - 1).abs().max() < 1e-6
+    half_chi2 = (worlds.rho * ((pi - worlds.mu) ** 2 / worlds.mu).sum(-1)).sum(-1) / 2
+    assert (bandit.coverage_supremum(worlds, pi) / half_chi2 - 1).abs().max() < 1e-6
     edged = worlds._replace(reward=torch.tensor(rng.choice([0.0, 2.0], (100, 2, 5))))
-    assert (bandit.coverage_supremum(edged, pi) / bandit.half_chi2(worlds, pi)).min() < 0.9
+    assert (bandit.coverage_supremum(edged, pi) / half_chi2).min() < 0.9
 
 
 # -------------------------------------------------------- the deterministic core
@@ -380,7 +391,7 @@ def test_a_finite_class_obeys_its_bound_with_the_stated_probability(rng):
     count, size, n, draws, delta = 30, 20, 40, 60, 0.2
     worlds, wins, F = finite_games(rng, count, size, n)
     wins = relabel(wins, worlds.reward, rng, draws)
-    pi = worlds.optimal()
+    pi = bandit.greedy(worlds.reward)
     pairs = wins + wins.mT
     a, b = differences(worlds.reward), differences(F).unsqueeze(1)
     D = torch.tensor(divergence(a.numpy(), b.numpy()))
@@ -412,7 +423,7 @@ def tabular_trials(rng, n: int, count: int, draws: int):
     """Worlds (draws, count, ...) with fixed prompts and responses and fresh labels, all covered."""
     worlds = bandit.random_instances(count, rng, X=2, A=4)
     wins = bandit.sample_wins(worlds, n, rng)
-    settings = bandit.theorem(worlds, wins, 100, DELTA)
+    settings = bandit.theorem(worlds, wins, 100)
     covered = settings.bound.isfinite()
     worlds = bandit.Instance(*(t[covered] for t in worlds[:3]), worlds.R)
     return worlds, relabel(wins[covered], worlds.reward, rng, draws)
@@ -422,25 +433,26 @@ def tabular_trials(rng, n: int, count: int, draws: int):
 def test_tables_obey_the_bound_without_log_n_with_the_stated_probability(rng, n):
     """Eq. 17, 18, 19: over fresh labels, for three rules and a large lam; L cut fails."""
     worlds, wins = tabular_trials(rng, n, 40, 80)
-    settings = bandit.theorem(worlds, wins, 100, DELTA)
-    pi, limit = worlds.optimal(), allowed(80, DELTA)
+    settings = bandit.theorem(worlds, wins, 100)
+    pi, limit = bandit.greedy(worlds.reward), allowed(80, DELTA)
     L = settings.slack * n / (2 * settings.lam)
     price = 4 * settings.lam * (settings.statistics - settings.slack)  # v' A+ v
     kappa, rank = bandit.slope_at(worlds.R), 6
     simple = rank / 2 * math.log(1 + 1 / (4 * kappa)) + math.log(1 / DELTA)
-    assert (L <= simple + 1e-9).all() and (price <= 4 / kappa * settings.coverage + 1e-9).all()
+    coverage = data_coverage(worlds, wins[0])  # the same for all labels
+    assert (L <= simple + 1e-9).all() and (price <= 4 / kappa * coverage + 1e-9).all()
     assert torch.allclose(settings.statistics, (2 * price * L / n).sqrt())
     plain = math.sqrt(n / (2 * kappa * simple))  # n / (8 c_R L') with c_R = kappa / 4
     shapes = {
         "theorem": (settings.lam, settings.statistics),
         "plain": (
             torch.full_like(L, plain),
-            (settings.coverage + 1) / 2 * math.sqrt(8 * simple / (kappa * n)),
+            (coverage + 1) / 2 * math.sqrt(8 * simple / (kappa * n)),
         ),
         "large": (20 * settings.lam, price / (80 * settings.lam) + 20 * settings.slack),
         "simple": (
-            (settings.coverage * n / (2 * kappa * simple)).sqrt(),
-            (8 * settings.coverage * simple / (kappa * n)).sqrt(),
+            (coverage * n / (2 * kappa * simple)).sqrt(),
+            (8 * coverage * simple / (kappa * n)).sqrt(),
         ),
     }
     for lam, bound in shapes.values():
@@ -458,15 +470,19 @@ def test_the_theorems_numbers_equal_a_computation_pair_by_pair(rng):
         world = bandit.Instance(*(t[0] for t in world[:3]), world.R)
         wins = bandit.sample_wins(world, 40, rng)
         A, G, n = matrices(world, wins)
-        got = bandit.theorem(world, wins, 100, DELTA)
-        v = comparator_vector(world, wins, world.optimal())
+        got = bandit.theorem(world, wins, 100)
+        v = comparator_vector(world, wins, bandit.greedy(world.reward))
         inverse = np.linalg.pinv(A, rcond=1e-10)
         covered = np.allclose(A @ inverse @ v, v, atol=1e-9)
         assert covered == bool(got.bound.isfinite())
         if not covered:
             continue
         L = np.linalg.slogdet(np.eye(8) + inverse @ G / 16)[1] / 2 + math.log(1 / DELTA)
-        assert got.coverage.item() == pytest.approx(v @ np.linalg.pinv(G, rcond=1e-10) @ v)
+        inverse_G, kappa = np.linalg.pinv(G, rcond=1e-10), bandit.slope_at(2.0)
+        cover = np.trace(inverse_G @ G) * math.log(2 * n) + 1 + math.log(1 / DELTA)
+        textbook = math.sqrt(2 * v @ inverse_G @ v * cover / (kappa**2 * n))
+        classical = got.transfer * (got.regret + textbook)
+        assert got.classical.item() == pytest.approx(classical.item(), rel=1e-6)
         assert got.statistics.item() == pytest.approx(
             math.sqrt(2 * v @ inverse @ v * L / n), rel=1e-6
         )
@@ -483,7 +499,7 @@ def test_gamma_is_unbounded_in_lam_where_the_comparator_was_never_compared(rng):
     for n in (100, 100_000):
         wins = bandit.sample_wins(world, n, rng)
         assert bandit.theorem(world, wins, 100, start=uniform).bound.isinf()
-        assert box_gamma(world, wins, world.optimal(), math.sqrt(n)) > 1.0
+        assert box_gamma(world, wins, bandit.greedy(world.reward), math.sqrt(n)) > 1.0
         covered = world._replace(reward=torch.tensor([[0.5, 0.0, 0.0]]).double())
         assert bandit.theorem(covered, wins, 100, start=uniform).bound.isfinite()  # the control
 
@@ -575,7 +591,7 @@ def test_coverage_bounds_the_way_the_actor_has_to_go(rng):
 def test_the_critic_is_pessimistic_on_average_in_every_round(rng):
     """Eq. 22: within 2 lam L/n at all rounds; without slack, or pointwise, it fails."""
     worlds, wins = tabular_trials(rng, 100, 6, 60)
-    settings = bandit.theorem(worlds, wins, 30, DELTA)
+    settings = bandit.theorem(worlds, wins, 30)
     start = worlds.mu.expand(60, *worlds.mu.shape)
     batch = bandit.Instance(start, worlds.reward.expand_as(start), worlds.rho, worlds.R)
     critic, worst, without, pointwise = bandit.Critic(wins, settings.lam, 2.0), [], 0, []
@@ -638,9 +654,8 @@ def test_the_critics_certificate_bounds_its_gap(rng):
             value.backward()
             return value.item(), f.grad.flatten().numpy()
 
-        tight = {"ftol": 1e-15, "gtol": 1e-10}
         least = optimize.minimize(
-            psi, np.ones(8), jac=True, bounds=[(0, 2)] * 8, method="L-BFGS-B", options=tight
+            psi, np.ones(8), jac=True, bounds=[(0, 2)] * 8, method="L-BFGS-B", options=TIGHT
         ).fun
         for value, gap in values.values():
             assert value - gap - 1e-9 <= least <= value + 1e-9
@@ -703,22 +718,20 @@ def test_the_classical_route_holds_and_is_looser(rng):
         factors.append(math.sqrt(cover / (4 * kappa * simple)))
     assert factors == [pytest.approx(f, abs=0.06) for f in (4.1, 4.7, 5.5)]
     worlds, wins = tabular_trials(rng, 1000, 10, 1)
-    settings = bandit.theorem(worlds, wins, 100, DELTA)
+    settings = bandit.theorem(worlds, wins, 100)
     assert (settings.classical > settings.bound).all()
 
 
 # -------------------------------------------------------- the practical loss
 
 
-def practical(pi: Tensor, pi_t: Tensor, wins: Tensor, beta: float, lam: float, critic) -> float:
-    """Mean of spac.spac_loss over the pairs, y' summed under pi_t: triple loop, one prompt."""
-    total, A = 0.0, pi.shape[-1]
-    for a, c, y in itertools.product(range(A), range(A), range(A)):
-        weight = wins[0, a, c] * pi_t[0, y]
-        if weight > 0:
-            logps = [tuple(p[0, k].log().view(1) for k in (a, c, y)) for p in (pi, pi_t)]
-            total += (weight * spac.spac_loss(*logps, beta, lam, critic)[0]).item()
-    return total / wins.sum().item()
+def practical(pi: Tensor, pi_t: Tensor, wins: Tensor, beta: float, lam: float, critic) -> Tensor:
+    """Mean of spac.spac_loss over the pairs, y' summed under pi_t: triple by triple, one prompt."""
+    triples = itertools.product(range(pi.shape[-1]), repeat=3)  # (winner, loser, y')
+    triples = torch.tensor([(a, c, y) for a, c, y in triples if wins[0, a, c] * pi_t[0, y] > 0]).T
+    policy, opponent = (tuple(p[0].log()[index] for index in triples) for p in (pi, pi_t))
+    weights = wins[0, triples[0], triples[1]] * pi_t[0, triples[2]]
+    return (weights * spac.spac_loss(policy, opponent, beta, lam, critic)[0]).sum() / wins.sum()
 
 
 def test_the_practical_loss_is_the_critics_objective_in_disguise(rng):
@@ -733,11 +746,10 @@ def test_the_practical_loss_is_the_critics_objective_in_disguise(rng):
         beta, lam = float(rng.uniform(0.2, 3)), float(rng.uniform(0.2, 5))
         pi = spac.mirror_step(pi_t, f, 1 / beta)
         expected = spac.critic_objective(pi_t, f, wins, lam).item() / lam
-        assert practical(pi, pi_t, wins, beta, lam, spac.linear_critic) == pytest.approx(expected)
-        fast = bandit.practical_loss(pi, pi_t, wins, beta, lam).item()
-        assert fast == pytest.approx(expected)
+        loss = practical(pi, pi_t, wins, beta, lam, spac.linear_critic)
+        assert loss.item() == pytest.approx(expected)
         wrong = practical(pi, pi_t, wins, 1.1 * beta, lam, spac.linear_critic)
-        assert wrong != pytest.approx(expected, rel=1e-6)
+        assert wrong.item() != pytest.approx(expected, rel=1e-6)
 
 
 def test_one_boxed_step_has_the_critics_optimal_value_and_no_box_has_none(rng):
@@ -752,16 +764,23 @@ def test_one_boxed_step_has_the_critics_optimal_value_and_no_box_has_none(rng):
         least = spac.critic_objective(pi_t, f, wins, lam).item() / lam
 
         def loss(g, pi_t=pi_t, wins=wins):
-            pi = (pi_t.log() + torch.tensor(g)).softmax(-1)
-            return bandit.practical_loss(pi, pi_t, wins, beta, lam).item()
+            g = torch.tensor(g).requires_grad_()
+            pi = (pi_t.log() + g).softmax(-1)
+            value = practical(pi, pi_t, wins, beta, lam, spac.linear_critic)
+            value.backward()
+            return value.item(), g.grad.numpy()
 
         box = [(0, R / beta)] * 3
-        found = optimize.minimize(loss, np.full(3, 0.5), bounds=box, method="L-BFGS-B")
+        found = optimize.minimize(
+            loss, np.full(3, 0.5), jac=True, bounds=box, method="L-BFGS-B", options=TIGHT
+        )
         assert found.fun == pytest.approx(least, abs=1e-6)
         h = (spac.mirror_step(pi_t, f, 1 / beta) / pi_t).log()
         assert (h.amax() - h.amin()).item() <= R / beta + 1e-9 and h.abs().max() <= R / beta + 1e-9
         data_only = box[:2] + [(-50, None)]  # response 3 is not in the data
-        beyond = optimize.minimize(loss, np.full(3, 0.5), bounds=data_only, method="L-BFGS-B")
+        beyond = optimize.minimize(
+            loss, np.full(3, 0.5), jac=True, bounds=data_only, method="L-BFGS-B"
+        )
         assert beyond.fun < least - 0.5
 
 
@@ -880,7 +899,7 @@ def test_one_event_serves_all_comparators_and_all_lam(rng):
     L = log_det / 2 + math.log(1 / DELTA)
     prompts, muhat = spac.data_policy(wins[0])
     for scale in (0.3, 3.0, 100.0):
-        for pi in (worlds.optimal(), random_policies(rng, *worlds.mu.shape), muhat):
+        for pi in (bandit.greedy(worlds.reward), random_policies(rng, *worlds.mu.shape), muhat):
             v = (prompts.unsqueeze(-1) * (pi - muhat)).flatten(1)
             price = torch.einsum("ij,ijk,ik->i", v, inverse, v)
             lam = scale * math.sqrt(n)
@@ -905,7 +924,7 @@ def test_the_last_iterate_is_within_a_logarithm(rng):
     *_, (last, _) = spac.spac_t(worlds.mu, critic, eta[:, None, None], rounds)
     without = 0
     for pi in (
-        worlds.optimal(),
+        bandit.greedy(worlds.reward),
         random_policies(rng, count, 2, 4),
         random_policies(rng, count, 2, 4),
     ):

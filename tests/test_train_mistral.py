@@ -169,7 +169,7 @@ def test_micro_batches_chunks_padding_and_checkpointing_leave_the_gradient_as_it
     for chunk in (1, 3, 1000):
         run.scorer.logits_chunk = chunk
         assert apart(gradient(run, played), reference) < 1e-6
-    run.scorer.lm.gradient_checkpointing_enable({"use_reentrant": False})
+    run.scorer.lm.activation_checkpointing_enable({"use_reentrant": False})
     run.scorer.train()
     assert apart(gradient(run, played), reference) < 1e-6
     # Control: the mean of micro-batch means, the field's usual bug, is seen by this measure.
@@ -577,7 +577,7 @@ def gradient_and_play(rank, processes, port, out):
         with torch.no_grad():
             run.scorer([(rows[0].prompt, [rows[0].chosen])])
         played = tm.play(run, rows, "round-1")
-        run.scorer.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        run.scorer.lm.activation_checkpointing_enable({"use_reentrant": False})
         run.scorer.train()
         tm.accumulate(run, rows, fake_play(rows))
         grads = [p.grad.full_tensor() if processes > 1 else p.grad for p in run.scorer.parameters()]
@@ -709,7 +709,7 @@ def copy_run(straight, to):
 def test_another_argument_or_world_size_in_the_same_folder_is_refused(straight, tmp_path):
     argv = copy_run(straight, tmp_path / "run")
     before = result(tmp_path / "run")
-    with pytest.raises(SystemExit, match="lam was 10.0, is 7.0"):
+    with pytest.raises(SystemExit, match="lam was 5.0, is 7.0"):
         in_process([*argv, "--lam", "7"])
     with pytest.raises(SystemExit, match="data_sha256 was|seed was"):
         in_process([*argv, "--seed", "1"])
