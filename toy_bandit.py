@@ -237,8 +237,7 @@ def theorem(world: Instance, wins: Tensor, rounds: int, start=None, plain=False)
     guess = 4 / kappa, rank / 2 * math.log(1 + 1 / (4 * kappa)) - log_delta  # Eq. 19, C = 1
     lam_norm, lam_L = guess if plain else (norm.clamp(min=1e-12), L)
     lam = (lam_norm * n / (8 * lam_L)).sqrt()
-    slack = 2 * lam * L / n
-    statistics = norm / (4 * lam) + slack
+    statistics, slack = norm / (4 * lam) + 2 * lam * L / n, 2 * lam * L / n
     divergence = -(prompts * torch.xlogy(target, start).sum(-1)).sum(-1)  # KL, Eq. 21
     eta = (8 * divergence / (rounds * R * R)).sqrt().clamp(min=1e-12)
     regret = divergence / (eta * rounds) + eta * R * R / 8
@@ -323,9 +322,8 @@ def series(points: list[tuple[Instance, int, int]], rng: np.random.Generator) ->
         error, last, start = (worlds.regret(pi) for pi in (run.mixture, run.last, worlds.mu))
         bound = promise.bound + promise.transfer * run.gap.mean(0)  # Eq. 23, the certified gap
         reached = bound.isfinite()  # runs beyond the theorem's reach count for and against nothing
-        bounds, classical = (
-            torch.where(reached, b, torch.nan).nanmean(0) for b in (bound, promise.classical)
-        )
+        means = [b.where(reached, torch.nan).nanmean(0) for b in (bound, promise.classical)]
+        bounds, classical = means
         row = {"n": n, "T": rounds, "runs": reached.sum(), "violations": (error > bound).sum()}
         row |= {"bound": bounds.mean(), "classical": classical.mean(), "start": start.mean()}
         row |= {"ratio": (bounds / error.mean(0)).median(), "lam": promise.lam.mean()}
@@ -441,8 +439,7 @@ def dpo_failures(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
         functions = torch.stack([world.reward, world.reward + torch.tensor([0.0, 0.0, 1.0])])
         lam = math.sqrt(n / (2 * slope_at(1.0) * math.log(2 / 0.05)))  # Eq. 15, plain rule
         critic = spac.FiniteCritic(functions, wins, lam)
-        right, other = critic.penalty.unbind(-1)
-        wrong = (other < right - 1e-9 * lam / n).double().mean().item()
+        wrong = (critic.penalty.diff(dim=-1) < -1e-9 * lam / n).double().mean().item()
         betas = torch.logspace(-3, 3, 601, dtype=torch.float64)[:, None, None, None]
         losses = world.regret((world.mu.log() + functions / betas).softmax(-1))  # (beta, F)
         eta = math.sqrt(8 * math.log(2) / rounds)
@@ -520,8 +517,7 @@ def spac_by_rule(start: Callable, world: Instance, wins: Tensor, plain, rounds=3
 
 STARTS = {"": lambda world: world.mu, " u": lambda world: world.mu * 0 + 1 / world.mu.shape[-1]}
 BETAS = [(b,) for b in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)]
-METHODS = {"RLHF greedy": (pessimistic_mle, [(0,)]), "RLHF + KL": (rlhf_kl, BETAS)}
-METHODS |= {"pessimistic MLE": (pessimistic_mle, BETAS)}
+METHODS = {}  # name: the method, its grid
 for u, start in STARTS.items():  # " u": from the uniform policy, as reference or start, not mu
     grid = list(product((0.3, 1.0, 3.0, 10.0), (1.0, 3.0, 10.0)))
     METHODS["SPAC" + u] = partial(spac_tuned, start), grid
@@ -531,6 +527,8 @@ for u, start in STARTS.items():  # " u": from the uniform policy, as reference o
         METHODS[name + u] = partial(fitted, LOSSES[name], start), BETAS
     grid = list(product((0.03, 0.1, 0.3), (0.003, 0.01, 0.03, 0.1)))
     METHODS["RPO" + u] = partial(fitted, LOSSES["RPO"], start), grid
+METHODS |= {"RLHF greedy": (pessimistic_mle, [(0,)]), "RLHF + KL": (rlhf_kl, BETAS)}
+METHODS |= {"pessimistic MLE": (pessimistic_mle, BETAS)}
 
 
 def contest(points: list[tuple[Instance, int]], names, seeds: int, rng) -> tuple[dict, dict]:
@@ -619,7 +617,8 @@ def mechanism(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
 
 # -------------------------------------------------------- pictures and the story
 
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888"]
+SPAC_BLUE, THEORY = "#0072B2", "#888888"
+COLOURS = ["#D55E00", "#E69F00", "#009E73", "#56B4E9", "#CC79A7", "#000000", "#882255", "#999933"]
 
 
 def draw(path: Path, panels: list[dict]) -> None:
@@ -630,26 +629,28 @@ def draw(path: Path, panels: list[dict]) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set(xlabel=spec["xlabel"], ylabel=spec["ylabel"])
         axis.set(xscale=spec["scale"], yscale=spec["scale"])
-        for colour, line in zip(COLOURS * 2, spec["lines"].values()):
-            floor = 1e-5 if spec["scale"] == "log" else -math.inf  # where a log axis shows zeros
+        logs, palette, ends = spec["scale"] == "log", iter(COLOURS), {}
+        floor = 1e-5 if logs else -math.inf  # where a log axis shows zeros
+        for label, line in spec["lines"].items():
             x, low, high = line.get("x", spec["x"]), line.get("low"), line.get("high")
-            axis.plot(x, np.maximum(line["mean"], floor), color=colour)
+            theory = logs and not low
+            colour = SPAC_BLUE if "SPAC" in label else THEORY if theory else next(palette)
+            axis.plot(x, np.maximum(line["mean"], floor), "--" if theory else "-", color=colour)
+            ends[label] = x[-1], max(line["mean"][-1], floor), colour
             if low:
                 axis.fill_between(x, np.maximum(low, floor), high, color=colour, alpha=0.2, lw=0)
         if "corners" in spec:
             axis.set_axis_off()
-            axis.plot([0, 1, 0.5, 0], [0, 0, 0.866, 0], color="#888888", lw=0.8)
+            axis.plot([0, 1, 0.5, 0], [0, 0, 0.866, 0], color=THEORY, lw=0.8)
             for name, x, y in zip(spec["corners"], (0, 1, 0.5), (-0.06, -0.06, 0.89)):
                 axis.text(x, y, name, ha="center")
         axis.autoscale_view()
-        ends = {k: (v.get("x", spec["x"])[-1], v["mean"][-1]) for k, v in spec["lines"].items()}
-        pixels = {k: axis.transData.transform((x, max(y, floor))) for k, (x, y) in ends.items()}
         below = -math.inf
-        for label, (x, y) in sorted(pixels.items(), key=lambda item: item[1][1]):
-            below = max(y, below + 14)
-            colour = COLOURS[list(ends).index(label) % len(COLOURS)]
+        for label, (x, y, colour) in sorted(ends.items(), key=lambda item: item[1][1]):
+            right, middle = axis.transData.transform((x, y))
+            below = max(middle, below + 14)
             at = {"xycoords": "figure pixels", "va": "center", "color": colour}
-            axis.annotate(label, (x, y), (x + 6, below), **at)
+            axis.annotate(label, (right, middle), (right + 6, below), **at)
     figure.savefig(path, dpi=100)
 
 

@@ -451,16 +451,16 @@ def check_model(scorer: Scorer, row: Row) -> None:
     say(f"the responses to a prompt {way}")
 
 
-def shards_of(scorer: Scorer) -> dict[str, Tensor]:
-    """This rank's part of each weight that is trained: the same memory, without a gradient."""
-    trained = {n: p.detach() for n, p in scorer.named_parameters() if p.requires_grad}
-    return {n: p.to_local() if isinstance(p, DTensor) else p for n, p in trained.items()}
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor: the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def hash_of_model(scorer: Scorer) -> str:
     digest = hashlib.sha256()
-    for name, shard in shards_of(scorer).items():
-        digest.update(name.encode() + shard.cpu().view(-1).view(torch.uint8).numpy().tobytes())
+    for name, weight in scorer.named_parameters():
+        bits = local(weight.detach()).cpu().view(-1).view(torch.uint8)
+        digest.update(name.encode() + bits.numpy().tobytes())
     return hashlib.sha256("".join(gather(digest.hexdigest())).encode()).hexdigest()
 
 
@@ -499,6 +499,10 @@ def unseal(path: Path) -> bytes | None:
     return content if hashlib.sha256(content).hexdigest().encode() == digest else None
 
 
+def named(path: Path):
+    raise SystemExit(f"{path} is damaged or missing. {RESCUE}")
+
+
 def append(path: Path, line: dict) -> None:
     if dist.get_rank() == 0:
         with open(path, "a") as file:
@@ -528,13 +532,10 @@ def load_state(run: Run) -> dict | None:
     """Sets run.state, the weights and the logs to where the run stood; returns the optimizer's."""
     page, parts = run.out / "state" / "page", {}
     if page.exists():
-        content = unseal(page)
-        require(content, f"{page} is damaged. {RESCUE}")
-        run.state |= json.loads(content)
+        run.state |= json.loads(unseal(page) or named(page))
         path = page.with_name(f"{run.state['saves']}-{dist.get_rank()}")
-        content = unseal(path)
-        require(content, f"{path} is damaged or missing. {RESCUE}")
-        parts = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+        content = io.BytesIO(unseal(path) or named(path))
+        parts = torch.load(content, weights_only=True, map_location="cpu")
         run.scorer.load_state_dict(parts["model"])
     gather()
     for log, size in run.state["logs"].items() if dist.get_rank() == 0 else []:
@@ -606,19 +607,17 @@ def play(run: Run, rows: list[Row], name: str) -> dict[int, Played]:
         return page["rows"] if page.get("pi_t") == run.state["pi_t"] else None
 
     todo = [i for i, path in enumerate(paths) if read(path) is None]
-    if todo and 0 < run.state["step"]:
-        raise SystemExit(f"{paths[todo[0]]} is damaged or gone, and so is pi_t. {RESCUE}")
+    missing = f"{paths[todo[0]]} is damaged or gone, and so is pi_t. {RESCUE}" if todo else ""
+    require(not todo or run.state["step"] == 0, missing)
     gather()  # all have looked before one writes
     with gathered(run.scorer):
         mine = todo[dist.get_rank() :: dist.get_world_size()]
         for i in tqdm(mine, f"playing {name}", disable=hush()):
             require(not leaving.is_set(), LEFT)
             with clock(run.state, "generate"):
-                prompts, seed = (
-                    [row.prompt for row in batches[i]],
-                    seed_of(run.config.seed, name, i),
-                )
-                pairs = list(zip(batches[i], sample(run, prompts, seed)))
+                seed = seed_of(run.config.seed, name, i)
+                answers = sample(run, [row.prompt for row in batches[i]], seed)
+                pairs = list(zip(batches[i], answers))
             with clock(run.state, "score"):
                 items = [(row.prompt, [row.chosen, row.rejected, y]) for row, y in pairs]
                 parts = range(0, len(items), run.config.micro_batch)
@@ -630,9 +629,7 @@ def play(run: Run, rows: list[Row], name: str) -> dict[int, Played]:
 
 
 # -------------------------------------------------------- training
-COLUMNS = (
-    "loss preference critic accuracy margin logp_chosen logp_rejected logp_generated kl".split()
-)
+COLUMNS = "loss preference critic accuracy margin logp_chosen logp_rejected logp_generated kl"
 
 
 def losses(run: Run, rows: list[Row], played: dict[int, Played] | None) -> dict[str, Tensor]:
@@ -654,7 +651,7 @@ def losses(run: Run, rows: list[Row], played: dict[int, Played] | None) -> dict[
     ahead = h[:, 0] - h[:, 1]
     shown = [*terms, (ahead > 0).float(), beta * ahead, *policy.unbind(1), -h[:, 2]]  # y' ~ pi_t
     worst = dict(largest=(beta * h).abs().amax(1), gap=(h.abs() / sizes.sqrt()).amax(1))
-    return dict(zip(COLUMNS, shown)) | worst
+    return dict(zip(COLUMNS.split(), shown)) | worst
 
 
 def accumulate(run: Run, batch: list[Row], played: dict[int, Played] | None) -> list[dict]:
@@ -695,49 +692,50 @@ def train(run: Run, played: dict[int, Played] | None, saved: dict | None) -> Non
     """The rest of a round, from step state["step"] on; saved is the optimizer's state there."""
     config, state, batches = run.config, run.state, batches_of(run)
     weights = [weight for weight in run.scorer.parameters() if weight.requires_grad]
-    shards = [shard for shard in shards_of(run.scorer).values()]
-    optimizer = OPTIMIZERS[config.optimizer](shards, weight_decay=0.0)  # no torch Adafactor on DTensors
+    shards = [local(weight.detach()) for weight in weights]  # Adafactor knows no DTensor
+    optimizer = OPTIMIZERS[config.optimizer]([x for x in shards if x.numel()], weight_decay=0.0)
     if saved:
         optimizer.load_state_dict(saved)
-    names, peak = (COLUMNS, config.lr) if played else (COLUMNS[:1], config.sft_lr)
+    names, peak = (COLUMNS.split(), config.lr) if played else (["loss"], config.sft_lr)
     if state["step"] < len(batches):
         say("round  step      lr    grad " + "".join(f"{n.split('_')[-1]:>11}" for n in names))
     run.scorer.train()  # which gradient checkpointing waits for; there is no dropout
     for step in range(state["step"], len(batches)):
-        where, last = f"round {state['round']} step {step}", step + 1 == len(batches)
+        rate = learning_rate(step, len(batches), peak, config.warmup)
         with clock(state, "train"):
             run.scorer.zero_grad()
             values = accumulate(run, batches[step], played)
             norm = nn.utils.clip_grad_norm_(weights, config.clip)
-            norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-            bad = sorted(pair["row"] for pair in values if not math.isfinite(pair["loss"]))
-            rows = bad or sorted(pair["row"] for pair in values)
-            finite = math.isfinite(norm) and not bad
-            require(finite, f"{where}: the loss or its gradient is not finite, at rows {rows}. "
-                    "The last saved state stays")  # fmt: skip
-            if played and step == 0:
-                gap, limit = (
-                    max(pair["gap"] for pair in values),
-                    TOLERANCE[run.scorer.lm.device.type],
-                )
-                say(f"pi is pi_t to {gap:.1e} nats per root token, at most {limit}")
-                require(gap <= limit, f"{where}: pi is not pi_t; were they scored the same way?")
+            norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            check_step(run, values, norm)
             for shard, weight in zip(shards, weights):
-                shard.grad = weight.grad.to_local() if isinstance(norm, DTensor) else weight.grad
-            optimizer.param_groups[0]["lr"] = learning_rate(step, len(batches), peak, config.warmup)
+                shard.grad = local(weight.grad)
+            optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
         means = {name: fmean(pair[name] for pair in values) for name in names}
-        told = means | {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
         event = {"event": "step" if played else "sft", "round": state["round"], "step": step}
-        append(run.out / "log.jsonl", event | told)
-        say(f"{state['round']:5} {step:5} {told['lr']:.1e} {norm:7.3f} "
-            + "".join(f"{mean:11.3f}" for mean in means.values()))  # fmt: skip
+        append(run.out / "log.jsonl", event | means | {"grad_norm": norm, "lr": rate})
+        numbers = "".join(f"{mean:11.3f}" for mean in means.values())
+        say(f"{state['round']:5} {step:5} {rate:.1e} {norm:7.3f} {numbers}")
         largest = max(pair.get("largest", 0.0) for pair in values)
         state |= {"step": step + 1, "largest": max(state["largest"], largest)}
-        leave = any(gather(leaving.is_set()))
+        leave, last = any(gather(leaving.is_set())), step + 1 == len(batches)
         if leave or last or (step + 1) % config.checkpoint_every == 0:
             save_state(run, None if last else optimizer)
         require(not leave, LEFT)
+
+
+def check_step(run: Run, values: list[dict], norm: float) -> None:
+    """Loss and gradient are finite; and at step 0, pi = pi_t was scored as play() scored it."""
+    where = f"round {run.state['round']} step {run.state['step']}"
+    rows = sorted(p["row"] for p in values if not math.isfinite(p["loss"]))
+    suspects = rows or sorted(pair["row"] for pair in values)
+    require(not rows and math.isfinite(norm), f"{where}: the loss or its gradient is not finite, "
+            f"at rows {suspects}. The last saved state stays")  # fmt: skip
+    if run.state["round"] and run.state["step"] == 0:
+        gap, limit = max(p["gap"] for p in values), TOLERANCE[run.scorer.lm.device.type]
+        say(f"pi is pi_t to {gap:.1e} nats per root token, at most {limit}")
+        require(gap <= limit, f"{where}: pi is not pi_t; were they scored the same way?")
 
 
 # -------------------------------------------------------- what a person sees
@@ -757,25 +755,23 @@ def clock(state: dict, phase: str):
 def evaluate(run: Run) -> None:
     """Answers the held-out prompts, else some of training, and logs what came as one round."""
     world, number = CopyDigits() if run.config.preset == "tiny" else None, run.state["round"]
-    rows, shown = run.heldout or run.rows[: run.config.generate_batch], []
+    rows, told = run.heldout or run.rows[: run.config.generate_batch], []
     played = play(run, rows, f"heldout-{number}")
     for row in rows:
         y, (chosen, rejected, _) = played[row.number]
-        finished = y[-1] in run.stops
         prompt = run.tokenizer.decode(row.prompt, skip_special_tokens=True)
-        response = run.tokenizer.decode(y[:-1] if finished else y)
-        told = {"length": len(y), "finished": finished}
+        response = run.tokenizer.decode(y[:-1] if y[-1] in run.stops else y)
+        told.append({"length": len(y), "finished": y[-1] in run.stops})
         if run.heldout:  # a tie is half
-            told["heldout_accuracy"] = ((chosen > rejected) + (chosen >= rejected)) / 2
+            told[-1]["heldout_accuracy"] = ((chosen > rejected) + (chosen >= rejected)) / 2
         if world:
-            told["reward"] = world.reward(prompt, response) / world.best
-            told["outside"] = world.outside(response)
-        shown.append(told)
-        if len(shown) <= 4:
+            told[-1]["reward"] = world.reward(prompt, response) / world.best
+            told[-1]["outside"] = world.outside(response)
+        if len(told) <= 4:
             say(f"    {prompt[-70:]!r} -> {response[:70]!r}")
             line = {"round": number, "row": row.number, "prompt": prompt, "response": response}
             append(run.out / "samples.jsonl", line)
-    means = {name: fmean(told[name] for told in shown) for name in shown[0]}
+    means = {name: fmean(one[name] for one in told) for name in told[0]}
     means["max_implied_reward"] = run.state["largest"]
     say(f"round {number}: " + "  ".join(f"{name} {mean:.3f}" for name, mean in means.items()))
     usage = {name: run.state[name] for name in ("seconds", "peak_bytes")}
@@ -834,7 +830,7 @@ def claim(run: Run, dropped: list[dict], need: int) -> None:
     try:
         held = json.loads(path.read_bytes())["run"] if path.exists() else mine
     except (ValueError, TypeError, KeyError):
-        raise SystemExit(f"{path} is damaged. {RESCUE}") from None
+        named(path)
     changed = [f"{k} was {held.get(k)}, is {v}" for k, v in mine.items() if held.get(k) != v]
     require(not changed, f"{run.out} holds another run ({'; '.join(changed)}): give another --out")
     gather()  # all have looked before one writes

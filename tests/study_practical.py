@@ -180,7 +180,7 @@ def draw_ablation(path: Path, table: dict) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axis, rows = figure.subplots(), list(table)[::-1]
     columns = [key for key in table["base"] if key != "why"]
-    for column, marker, colour in zip(columns, "os^v", bandit.COLOURS):
+    for column, marker, colour in zip(columns, "os^v", [bandit.SPAC_BLUE, *bandit.COLOURS]):
         errors = [max(table[row][column]["error"], 1e-5) for row in rows]
         axis.plot(errors, range(len(rows)), marker, color=colour, ms=8, alpha=0.8, label=column)
     for k, row in enumerate(rows):

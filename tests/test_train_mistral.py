@@ -207,7 +207,10 @@ def test_with_no_critic_the_first_round_has_dpos_gradient():
         played = {
             r.number: tm.Played(
                 list(r.prompt),
-                [slow_logp(reference, r.prompt, y).item() for y in (r.chosen, r.rejected, r.prompt)],
+                [
+                    slow_logp(reference, r.prompt, y).item()
+                    for y in (r.chosen, r.rejected, r.prompt)
+                ],
             )
             for r in rows
         }
@@ -583,7 +586,9 @@ def gradient_and_play(rank, processes, port, out):
         grads = [p.grad.full_tensor() if processes > 1 else p.grad for p in run.scorer.parameters()]
         if rank == 0:
             flat = torch.cat([g.flatten() for g in grads])
-            torch.save((flat, [tuple(p) for p in played.values()]), f"{out}/{processes}-{sharing}.pt")
+            torch.save(
+                (flat, [tuple(p) for p in played.values()]), f"{out}/{processes}-{sharing}.pt"
+            )
 
 
 def test_one_or_two_processes_give_the_same_gradient_and_samples(tmp_path):
@@ -614,7 +619,9 @@ def test_the_log_has_the_fields_of_the_contract(straight):
     wanted = "round step loss preference critic accuracy margin logp_chosen logp_rejected "
     wanted = (wanted + "logp_generated kl grad_norm lr").split()
     assert steps and all(set(wanted) <= set(event) for event in steps)
-    rounds = [e for e in map(json.loads, open(straight / "1" / "log.jsonl")) if e["event"] == "round"]
+    rounds = [
+        e for e in map(json.loads, open(straight / "1" / "log.jsonl")) if e["event"] == "round"
+    ]
     assert [event["round"] for event in rounds] == [0, 1, 2]
     wanted = "reward outside length finished max_implied_reward heldout_accuracy seconds peak_bytes"
     assert all(set(wanted.split()) <= set(event) for event in rounds)
@@ -624,7 +631,10 @@ def test_the_log_has_the_fields_of_the_contract(straight):
 
 def test_a_saved_round_reloads_to_the_same_logits_with_its_tokenizer(straight):
     folder = straight / "1" / "round-2"
-    lm, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    lm, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
     assert lm.dtype == torch.float32
     state = torch.load(
         __import__("io").BytesIO(tm.unseal(next((straight / "1" / "state").glob("*-0")))),
@@ -686,9 +696,10 @@ def test_sigterm_saves_and_leaves_and_the_run_goes_on(straight, tmp_path):
         time.sleep(0.001)
     os.kill(started[0].pid, signal.SIGTERM)
     assert finish(started) == [1]
-    assert "all is saved" in (tmp_path / "said.0").read_text() or "is saved" in (
-        tmp_path / "said.0"
-    ).read_text()
+    assert (
+        "all is saved" in (tmp_path / "said.0").read_text()
+        or "is saved" in (tmp_path / "said.0").read_text()
+    )
     assert (out / "state" / "page").exists()
     assert finish(start(argv, tmp_path / "said")) == [0]
     assert result(out)[1] == result(straight / "1")[1]
@@ -777,7 +788,9 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(tmp_path, monkeypatch, ca
         assert word in said
 
 
-def test_a_folder_that_cannot_be_written_and_too_small_a_disk_are_found_first(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_and_too_small_a_disk_are_found_first(
+    tmp_path, monkeypatch
+):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         in_process([*SHORT, "--out", str(tmp_path / "file" / "run")])
@@ -799,7 +812,14 @@ def test_your_model_and_your_pairs_take_the_same_road(tmp_path):
     ]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, [*lines, {"prompt": 1}])))
     argv = ["--preset", "mistral-7b", "--model", str(tmp_path / "model"), "--heldout", "4"]
-    argv += ["--data", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "out"), "--lr", "1e-3"]
+    argv += [
+        "--data",
+        str(tmp_path / "pairs.jsonl"),
+        "--out",
+        str(tmp_path / "out"),
+        "--lr",
+        "1e-3",
+    ]
     argv += "--rounds 2 --max_prompt 12 --max_response 9 --batch 8 --optimizer adafactor".split()
     in_process(argv)
     assert sorted(p.name for p in (tmp_path / "out").glob("round-*")) == ["round-1", "round-2"]
@@ -846,7 +866,13 @@ def test_the_tiny_worlds_labels_follow_bradley_terry_on_its_reward():
 
 
 def test_options_out_of_range_or_abbreviated_are_refused(capsys):
-    for argv in (["--lam", "0"], ["--lam", "nan"], ["--batch", "0"], ["--critic", "x"], ["--roun", "2"]):
+    for argv in (
+        ["--lam", "0"],
+        ["--lam", "nan"],
+        ["--batch", "0"],
+        ["--critic", "x"],
+        ["--roun", "2"],
+    ):
         with pytest.raises(SystemExit):
             tm.parse(argv)
     assert tm.parse(["--lam", "inf"]).lam == math.inf
@@ -870,7 +896,9 @@ def test_the_order_of_a_round_depends_on_seed_round_and_epoch_and_covers_every_r
     run = run_of(small_model(), rows, batch=4, epochs=2)
     batches = tm.batches_of(run)
     assert [len(batch) for batch in batches] == [4, 4, 3] * 2
-    epochs = [[row.number for batch in half for row in batch] for half in (batches[:3], batches[3:])]
+    epochs = [
+        [row.number for batch in half for row in batch] for half in (batches[:3], batches[3:])
+    ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(1, 12)) and epochs[0] != epochs[1]
     assert batches == tm.batches_of(run)
     run.state["round"] = 2
