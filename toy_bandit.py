@@ -649,8 +649,7 @@ def draw(path: Path, panels: list[dict]) -> None:
         for label, (x, y, colour) in sorted(ends.items(), key=lambda item: item[1][1]):
             right, middle = axis.transData.transform((x, y))
             below = max(middle, below + 14)
-            at = {"xycoords": "figure pixels", "va": "center", "color": colour}
-            axis.annotate(label, (right, middle), (right + 6, below), **at)
+            figure.text(right + 6, below, label, color=colour, va="center", transform=None)
     figure.savefig(path, dpi=100)
 
 

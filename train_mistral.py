@@ -77,8 +77,7 @@ def option(tiny, mistral_7b, help: str, choices=None):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Each option's value in the presets tiny and mistral-7b; the latter is our choice, not the
-    paper's, and made for your model and pairs too."""
+    """Each value in the presets tiny and mistral-7b (our choice, not the paper's; yours too)."""
 
     preset: str = option("tiny", "mistral-7b", "named defaults", ["tiny", "mistral-7b"])
     out: str = option("out/tiny", "out/mistral-7b", "folder of the run, new or to go on with")
@@ -280,7 +279,11 @@ def encode(row, number: int, tokenizer, stops: set[int], config: Config) -> Row:
 def load_rows(source: str, tokenizer, stops, config: Config) -> tuple[list[Row], list[dict]]:
     """The usable rows of a source, and the others with the reason."""
     rows, dropped = [], []
-    for number, row in enumerate(tqdm(read_raw(source, config), "reading", disable=hush()), 1):
+    try:
+        raw = list(read_raw(source, config))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise SystemExit(f"cannot read {source} (.jsonl, .parquet, hub name): {error}") from None
+    for number, row in enumerate(tqdm(raw, "reading", disable=dist.get_rank() > 0 or None), 1):
         try:
             rows.append(encode(row, number, tokenizer, stops, config))
         except Unusable as reason:
@@ -319,11 +322,6 @@ def gather(value=None) -> list:
 def say(text: str) -> None:
     if dist.get_rank() == 0:
         print(text, flush=True)
-
-
-def hush() -> bool | None:
-    """For tqdm: bars on the first rank, if it has a terminal."""
-    return dist.get_rank() > 0 or None
 
 
 def seed_of(*parts) -> int:
@@ -524,8 +522,9 @@ def save_state(run: Run, optimizer=None) -> None:
         gather()
         if dist.get_rank() == 0:
             seal(folder / "page", json.dumps(run.state).encode())
-            for old in folder.glob(f"{number - 1}-*"):
-                old.unlink()
+            for old in folder.iterdir():
+                if old.name != "page" and not old.name.startswith(f"{number}-"):
+                    old.unlink()
 
 
 def load_state(run: Run) -> dict | None:
@@ -612,7 +611,7 @@ def play(run: Run, rows: list[Row], name: str) -> dict[int, Played]:
     gather()  # all have looked before one writes
     with gathered(run.scorer):
         mine = todo[dist.get_rank() :: dist.get_world_size()]
-        for i in tqdm(mine, f"playing {name}", disable=hush()):
+        for i in tqdm(mine, f"playing {name}", disable=dist.get_rank() > 0 or None):
             require(not leaving.is_set(), LEFT)
             with clock(run.state, "generate"):
                 seed = seed_of(run.config.seed, name, i)
@@ -790,7 +789,7 @@ def draw_curves(out: Path) -> None:
         (axes[0, 0], rounds, "share, of each round's model", worth),
         (axes[0, 1], steps, "preference term (nats)", ["preference"]),
         (axes[1, 0], steps, "critic's term before 1 / lam (nats)", ["critic"]),
-        (axes[1, 1], steps, "margin (reward) and KL(pi_t || pi) (nats)", ["margin", "kl"]),
+        (axes[1, 1], steps, "margin, KL(pi_t || pi) (nats)", ["margin", "kl"]),
     ):
         for name in names:
             ax.plot([event[name] for event in drawn], "o-" if drawn is rounds else "-", label=name)
@@ -901,6 +900,6 @@ if __name__ == "__main__":
     config = parse()
     try:
         main(config)
-    except (OSError, safetensors.SafetensorError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, safetensors.SafetensorError) as error:
         again = f"{config.out} keeps what was saved: mend this and give the same command again"
         raise SystemExit(f"{error}\n{again}") from None

@@ -440,6 +440,7 @@ def test_tables_obey_the_bound_without_log_n_with_the_stated_probability(rng, n)
     kappa, rank = bandit.slope_at(worlds.R), 6
     simple = rank / 2 * math.log(1 + 1 / (4 * kappa)) + math.log(1 / DELTA)
     coverage = data_coverage(worlds, wins[0])  # the same for all labels
+    assert torch.allclose(settings.coverage, coverage.expand_as(L), rtol=1e-8)
     assert (L <= simple + 1e-9).all() and (price <= 4 / kappa * coverage + 1e-9).all()
     assert torch.allclose(settings.statistics, (2 * price * L / n).sqrt())
     plain = math.sqrt(n / (2 * kappa * simple))  # n / (8 c_R L') with c_R = kappa / 4
@@ -483,6 +484,7 @@ def test_the_theorems_numbers_equal_a_computation_pair_by_pair(rng):
         textbook = math.sqrt(2 * v @ inverse_G @ v * cover / (kappa**2 * n))
         classical = got.transfer * (got.regret + textbook)
         assert got.classical.item() == pytest.approx(classical.item(), rel=1e-6)
+        assert got.coverage.item() == pytest.approx(v @ inverse_G @ v, rel=1e-6)
         assert got.statistics.item() == pytest.approx(
             math.sqrt(2 * v @ inverse @ v * L / n), rel=1e-6
         )
