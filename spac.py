@@ -160,6 +160,7 @@ def critic_objective(pi: Tensor, f: Tensor, wins: Tensor, lam: float | Tensor) -
 
 def mirror_step(pi: Tensor, f: Tensor, eta: float | Tensor) -> Tensor:
     """Eq. 8: one step of exponentiated-gradient ascent of <pi, f> at each prompt. (..., X, A)"""
+    f = f.masked_fill(pi == 0, -float("inf"))  # what pi never says stays unsaid
     # Subtracting the best f changes nothing (c(x) cancels) and keeps exp from overflowing.
     weights = pi * (eta * (f - f.amax(-1, keepdim=True))).exp()
     return weights / weights.sum(-1, keepdim=True)
@@ -187,7 +188,7 @@ class FiniteCritic:
     def __init__(self, functions: Tensor, wins: Tensor, lam: float | Tensor):
         self.functions, (self.prompts, self.muhat) = functions, data_policy(wins)
         fits = torch.stack([data_fit(f, wins) for f in functions], -1)
-        self.penalty = torch.as_tensor(lam).unsqueeze(-1) * fits  # (..., F)
+        self.penalty = torch.as_tensor(lam, dtype=fits.dtype).unsqueeze(-1) * fits  # (..., F)
 
     def __call__(self, pi: Tensor) -> Tensor:
         v = self.prompts.unsqueeze(-1) * (pi - self.muhat)

@@ -46,6 +46,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -59,14 +60,15 @@ OPTIMIZERS = {"adamw": torch.optim.AdamW, "adafactor": torch.optim.Adafactor}
 SFT_MODEL = "alignment-handbook/zephyr-7b-sft-full@ac6e600eefcce74f5e8bae1035d4f66019e93190"
 PAIRS = "HuggingFaceH4/ultrafeedback_binarized"
 TOLERANCE = {"cpu": 1e-4, "cuda": 0.05}  # of log pi in fp32, bf16: nats per root of its tokens
-RESCUE = "Go on from the last whole round in a new folder: --model OUT/round-N --out NEW"
+DAMAGED = "is damaged or missing. Go on from the last round in a new folder: --model OUT/round-N"
 LEFT = "asked to stop: what is done is saved, the same command goes on from here"
 leaving = threading.Event()  # set by SIGTERM
 
 
-def require(condition, problem: str, error=SystemExit) -> None:
+def require(condition, problem: str, error=SystemExit):
     if not condition:
         raise error(problem)
+    return condition
 
 
 # -------------------------------------------------------- configuration
@@ -109,14 +111,13 @@ class Config:
 
 
 def parse(argv: list[str] | None = None) -> Config:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
-    )
+    style = dict(allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, **style)
     fields = {field.name: field.metadata for field in dataclasses.fields(Config)}
     for name, about in fields.items():
-        text = f"{about['help']} [{about['tiny']} | {about['mistral-7b']}]"
-        kind = dict(type=type(about["tiny"]), choices=about["choices"])
-        kind = kind if name != "dry_run" else dict(action="store_true")
+        value = dict(type=type(about["tiny"]), choices=about["choices"])
+        kind = dict(action="store_true") if name == "dry_run" else value
+        text = "{help} [{tiny} | {mistral-7b}]".format_map(about)
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
     preset = given.get("preset", "tiny")
@@ -136,8 +137,7 @@ class CopyDigits:
     """Six digits, to be repeated. The data policy copies each with probability .6 and else writes
     a random digit. Letters, which the model could write, and other lengths it never does."""
 
-    characters = "=0123456789abcdefghij"
-    best = 3.0
+    characters, best = "=0123456789abcdefghij", 3.0
 
     def reward(self, prompt: str, response: str) -> float:
         """r* = 3 x the share of right positions, in [0, 3]."""
@@ -164,17 +164,15 @@ class CopyDigits:
         backend.decoder = tokenizers.decoders.Fuse()
         special = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>")
         tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
-        tokenizer.chat_template = (
-            "{{ bos_token }}{% for m in messages %}{{ m.content }}"
-            "{{ '=' if m.role == 'user' else eos_token }}{% endfor %}"
-        )
+        tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}"
+        tokenizer.chat_template += "{{ '=' if m.role == 'user' else eos_token }}{% endfor %}"
         return tokenizer
 
     def model(self, seed: int):
         shape = transformers.MistralConfig(
             vocab_size=3 + len(self.characters), hidden_size=64, intermediate_size=128,
-            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, sliding_window=None,
-            max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
+            sliding_window=None, max_position_embeddings=64,
         )  # fmt: skip
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -189,113 +187,90 @@ PLAIN_TEMPLATE = (  # for a tokenizer without a chat template; the rounds are sa
 )
 
 
-class Unusable(ValueError):
-    """Why a row is dropped."""
-
-
 class Row(NamedTuple):
     number: int  # in its source, from 1
     prompt: array  # ids; the same for all responses, y' too
     chosen: array
     rejected: array
+    generated: list[int] = ()  # y' ~ pi_t: the sampled ids, never decoded and encoded again
+    logps: list[float] = ()  # log pi_t of chosen, rejected, generated
 
 
-def pinned(source: str) -> tuple[str, str]:
-    """NAME or NAME@REVISION -> both."""
+def pinned(source: str) -> tuple[str, str]:  # a name and its revision
     name, _, revision = (source, "", "") if os.path.exists(source) else source.partition("@")
     return name, revision or "main"
 
 
-def read_raw(source: str, config: Config):
-    """Yields the rows of a .jsonl (None for a line that is not JSON), .parquet or hub data set."""
-    if config.preset == "tiny":
-        yield from CopyDigits().pairs(config.rows + config.heldout, config.seed)
-    elif source.endswith(".parquet"):
-        yield from datasets.load_dataset("parquet", data_files=source, split="train")
-    elif not source.endswith(".jsonl"):
-        name, revision = pinned(source)
-        yield from datasets.load_dataset(name, revision=revision, split=config.split)
-    else:
-        for line in Path(source).read_bytes().splitlines():
-            try:
-                yield json.loads(line)
-            except (ValueError, RecursionError):  # also what is not UTF-8, or nested without end
-                yield None
-
-
 def conversations(row) -> list[list[dict]]:
-    """Any of the three forms -> two conversations, ending in the chosen and the rejected answer."""
-    require(isinstance(row, dict), "not a JSON object", Unusable)
+    """A pair in any of the three forms, or a line of JSON -> two conversations, ending in the
+    chosen and the rejected answer."""
+    with contextlib.suppress(ValueError, RecursionError):  # then it stays what it is: no dict
+        row = json.loads(row) if isinstance(row, bytes) else row
+    require(isinstance(row, dict), "not a JSON object", ValueError)
     both = []
     for field in ("chosen", "rejected"):
         turns, prompt = row.get(field), row.get("prompt")
         turns = [{"role": "assistant", "content": turns}] if isinstance(turns, str) else turns
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        require(turns and isinstance(turns, list), f"no {field}, as text or messages", Unusable)
+        require(turns and isinstance(turns, list), f"no {field}, as text or messages", ValueError)
         if len(turns) == 1:  # the prompt stands apart
-            require(isinstance(prompt, list), "no prompt, as text or messages", Unusable)
+            require(isinstance(prompt, list), "no prompt, as text or messages", ValueError)
             turns = prompt + turns
         for turn in turns:
             text = turn.get("content") if isinstance(turn, dict) else None
-            require(isinstance(text, str), "a message without text", Unusable)
-            require(text.strip(), "an empty prompt or response", Unusable)
-            require(text == text.encode(errors="replace").decode(), "not Unicode", Unusable)
+            require(isinstance(text, str) and text.strip(), "an empty or no text", ValueError)
+            require(text == text.encode(errors="replace").decode(), "not Unicode", ValueError)
         roles = [turn.get("role") for turn in turns]
-        roles = roles[roles[0] == "system" :]
-        alternating = roles and roles == ["user", "assistant"] * (len(roles) // 2)
-        require(alternating, "wrong role order", Unusable)
-        both.append([{key: turn[key] for key in ("role", "content")} for turn in turns])
-    require(both[0][:-1] == both[1][:-1], "chosen and rejected have different prompts", Unusable)
-    require(both[0] != both[1], "chosen equals rejected", Unusable)
+        turn_about = ["user", "assistant"] * max(1, len(roles) // 2)
+        require(roles[roles[0] == "system" :] == turn_about, "wrong role order", ValueError)
+        both.append([{"role": r, "content": turn["content"]} for r, turn in zip(roles, turns)])
+    require(both[0][:-1] == both[1][:-1], "chosen and rejected have different prompts", ValueError)
     return both
 
 
 def encode(row, number: int, tokenizer, stops: set[int], config: Config) -> Row:
     """Text to ids by the chat template, in one piece: what follows the prompt's ids is the
-    response, up to its end token, which is lost if the response is cut. Control tokens typed by a
-    person ("</s>") stay the text they are: only the template writes control tokens."""
+    response, up to its end token, which is lost if it is cut. A "</s>" typed by a person stays
+    text: only the template writes control tokens."""
     both, responses, bos = conversations(row), [], [tokenizer.bos_token_id]
-    options = dict(tokenize=True, return_dict=False, sanitize_control_tokens=True)
+    options = dict(return_dict=False, sanitize_control_tokens=True)
     render = partial(tokenizer.apply_chat_template, **options)
-    try:
-        prompt, *wholes = render(both[0][:-1], add_generation_prompt=True), *map(render, both)
-    except jinja2.TemplateError:
-        raise Unusable("refused by the chat template") from None
-    for ids in wholes:
-        require(ids[: len(prompt)] == prompt, "the template rewrites its own prompt", Unusable)
-        ids = ids[len(prompt) :]
+    prompt = render(both[0][:-1], add_generation_prompt=True)
+    for whole in map(render, both):
+        require(whole[: len(prompt)] == prompt, "the template rewrites its own prompt", ValueError)
+        ids = whole[len(prompt) :]
         ends = [i for i, token in enumerate(ids, 1) if token in stops]
         ids = ids[: ends[-1]] if ends else [*ids, tokenizer.eos_token_id]
-        require(len(ids) > 1, "nothing of a response is left", Unusable)
+        require(len(ids) > 1, "nothing of a response is left", ValueError)
         responses.append(ids[: config.max_response])
-    require(responses[0] != responses[1], "chosen equals rejected where they are cut", Unusable)
+    require(responses[0] != responses[1], "chosen equals rejected, or does once cut", ValueError)
     if prompt[:1] != bos and tokenizer("a").input_ids[:1] == bos:
         prompt = bos + prompt  # the template left it to the tokenizer
-    kept = bos if prompt[:1] == bos and len(prompt) > config.max_prompt else []
-    prompt = kept + prompt[max(0, len(prompt) - config.max_prompt + len(kept)) :]
+    kept = prompt[: prompt[:1] == bos]
+    prompt = kept + prompt[len(kept) :][len(kept) - config.max_prompt :]
     return Row(number, *(array("i", ids) for ids in (prompt, *responses)))
 
 
 def load_rows(source: str, tokenizer, stops, config: Config) -> tuple[list[Row], list[dict]]:
-    """The usable rows of a source, and the others with the reason."""
-    rows, dropped = [], []
+    """The usable rows of a .jsonl, .parquet or hub data set, and the others with the reason."""
+    (name, revision), rows, dropped = pinned(source), [], []
     try:
-        raw = list(read_raw(source, config))
+        if config.preset == "tiny":
+            raw = CopyDigits().pairs(config.rows + config.heldout, config.seed)
+        elif source.endswith(".jsonl"):
+            raw = Path(source).read_bytes().splitlines()
+        elif source.endswith(".parquet"):
+            raw = datasets.load_dataset("parquet", data_files=source, split="train")
+        else:
+            raw = datasets.load_dataset(name, revision=revision, split=config.split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise SystemExit(f"cannot read {source} (.jsonl, .parquet, hub name): {error}") from None
     for number, row in enumerate(tqdm(raw, "reading", disable=dist.get_rank() > 0 or None), 1):
         try:
             rows.append(encode(row, number, tokenizer, stops, config))
-        except Unusable as reason:
+        except (ValueError, jinja2.TemplateError) as reason:  # a row is used, or it is counted
             dropped.append({"data": source, "row": number, "reason": str(reason)})
     return rows, dropped
-
-
-def split_off(rows: list[Row], config: Config) -> tuple[list[Row], list[Row]]:
-    """(rows to train on, held-out rows), apart at random, each in the data's order."""
-    apart = random.Random(config.seed).sample(rows, min(len(rows) // 2, config.heldout))
-    numbers = {row.number for row in apart}
-    return [r for r in rows if r.number not in numbers], [r for r in rows if r.number in numbers]
 
 
 # -------------------------------------------------------- processes
@@ -314,8 +289,7 @@ def start_processes() -> torch.device:
 
 def gather(value=None) -> list:
     """Every rank's value, in order. Waits for all of them."""
-    values = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values := [None] * dist.get_world_size(), value)
     return values
 
 
@@ -329,12 +303,8 @@ def seed_of(*parts) -> int:
 
 
 # -------------------------------------------------------- the model, and log pi(y|x)
-Item = tuple[array, list[array]]  # a prompt's ids, and those of K responses to it
-
-
 class Scorer(nn.Module):
     """A language model whose forward is log pi(y|x): the one place where anything is scored.
-
     Sharing writes [x, y+, y-, y'] in one row, so that the prompt is computed once: positions
     restart after x, and an additive mask hides the responses from one another."""
 
@@ -342,8 +312,8 @@ class Scorer(nn.Module):
         super().__init__()
         self.lm, self.sharing, self.logits_chunk = lm, sharing, logits_chunk
 
-    def forward(self, items: list[Item]) -> Tensor:
-        """B prompts with K responses each -> (B, K): fp32, nats summed over response tokens."""
+    def forward(self, items: list[tuple]) -> Tensor:
+        """B pairs (prompt, K responses) -> (B, K): fp32, in nats, summed over response tokens."""
         table, states_at, labels, lengths = lay_out(items, self.sharing)
         ids, segments, positions = table.to(self.lm.device).unbind(-1)  # (R, T)
         shared = dict(attention_mask=hide(segments), position_ids=positions) if self.sharing else {}
@@ -358,7 +328,7 @@ class Scorer(nn.Module):
         return spac.token_logps(self.lm.get_output_embeddings()(states), labels)
 
 
-def lay_out(items: list[Item], sharing: bool) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+def lay_out(items: list[tuple], sharing: bool) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     """Rows of (id, segment, position) (R, T, 3), segment 0 the prompt, k the k-th response, -1 the
     padding; where the states stand that predict response tokens (2, N); these (N,); lengths."""
     rows, states_at, labels, lengths = [], [], [], []
@@ -390,28 +360,28 @@ def load_model(config: Config):
     """The language model and its tokenizer; a plan takes the model's shape alone."""
     if config.preset == "tiny":
         return CopyDigits().model(config.seed), CopyDigits().tokenizer()
-    source = dict(zip(("pretrained_model_name_or_path", "revision"), pinned(config.model)))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
-    shape = transformers.AutoConfig.from_pretrained(**source)
-    for name in vars(shape):
-        if name.endswith(("dropout", "pdrop")):  # pi and pi_t must be one function
-            setattr(shape, name, 0.0)
-    if not config.dry_run:
-        return AutoModelForCausalLM.from_pretrained(**source, config=shape), tokenizer
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(shape), tokenizer
+    name, revision = pinned(config.model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
+    shape = transformers.AutoConfig.from_pretrained(name, revision=revision)
+    for key in vars(shape):
+        if key.endswith(("dropout", "pdrop")):  # pi and pi_t must be one function
+            setattr(shape, key, 0.0)
+    if config.dry_run:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(shape), tokenizer
+    return AutoModelForCausalLM.from_pretrained(name, revision=revision, config=shape), tokenizer
 
 
 def shard(scorer: Scorer, device: torch.device) -> None:
     """fp32 masters; FSDP2 over several processes, and on GPUs, where it computes in bf16. A layer
     is a unit, the rest the root's, so that tied embeddings stay together."""
-    gpu = dict(mp_policy=MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32))
+    gpu = device.type == "cuda"
+    mixed = dict(mp_policy=MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32))
     layers = [m for m in scorer.modules() if isinstance(m, transformers.GradientCheckpointingLayer)]
     for unit in [*layers, scorer]:
         unit.to(device, torch.float32)
-        if device.type == "cuda" or dist.get_world_size() > 1:
-            policy = gpu if device.type == "cuda" else {}
-            fully_shard(unit, reshard_after_forward=True, **policy)  # the root too: parameters()
+        if gpu or dist.get_world_size() > 1:  # the root too: whoever asks gets sharded parameters
+            fully_shard(unit, reshard_after_forward=True, **mixed if gpu else {})
 
 
 @contextlib.contextmanager
@@ -420,37 +390,16 @@ def gathered(scorer: Scorer):
     another. FSDP2 wants a forward of the root before the first time: check_model's."""
     units = [module for module in scorer.modules() if isinstance(module, FSDPModule)]
     for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
+        unit.set_reshard_after_forward(False)
         unit.unshard()
     with torch.no_grad():
         yield
     for unit in units:
+        unit.set_reshard_after_forward(True)
         unit.reshard()
-        unit.set_reshard_after_forward(True, recurse=False)
 
 
-@torch.no_grad()
-def check_model(scorer: Scorer, row: Row) -> None:
-    """Our log pi against the model's own logits; then whether one row may hold all responses."""
-    limit = TOLERANCE[scorer.lm.device.type] * len(row.chosen) ** 0.5
-    ours = scorer([(row.prompt, [row.chosen])]).item()
-    with gathered(scorer):
-        ids = torch.tensor([[*row.prompt, *row.chosen]], device=scorer.lm.device)
-        logits = scorer.lm(ids).logits[:, len(row.prompt) - 1 : -1]
-        own = spac.token_logps(logits, ids[:, len(row.prompt) :]).sum().item()
-    require(abs(ours - own) <= limit, f"log pi {ours} is {own} by the model's own logits: its head "
-            "is more than a matrix, which Scorer.head must learn first")  # fmt: skip
-    window = getattr(scorer.lm.config, "sliding_window", None) or math.inf
-    if scorer.lm.config._attn_implementation in ("sdpa", "eager") and ids.shape[1] <= window:
-        scorer.sharing = True  # our mask overrules a window, and other attentions take none
-        second = scorer([(row.prompt, [row.rejected, row.chosen])])[0, 1].item()
-        scorer.sharing = abs(second - own) <= limit
-    way = "share one row" if scorer.sharing else "take a row each: this attention cannot share one"
-    say(f"the responses to a prompt {way}")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor: the same memory."""
+def local(tensor: Tensor) -> Tensor:  # this rank's part of it, the same memory
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -469,26 +418,22 @@ class Run:
     out: Path
     scorer: Scorer
     tokenizer: transformers.PreTrainedTokenizerBase
-    generation: GenerationConfig  # as the model came with it, for the rounds' folders
     stops: set[int]  # tokens that end a response
     rows: list[Row]
     heldout: list[Row]
     state: dict  # where the run stands; all of it is saved
-
-
-def write(path: Path, *parts: bytes) -> None:
-    """Whatever happens, there is the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.writelines(parts)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    since: float = dataclasses.field(default_factory=time.perf_counter)  # charge() was last called
 
 
 def seal(path: Path, content: bytes) -> None:
-    write(path, hashlib.sha256(content).hexdigest().encode(), b"\n", content)
+    """Writes a file behind its sha256. A kill leaves the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.writelines([hashlib.sha256(content).hexdigest().encode(), b"\n", content])
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def unseal(path: Path) -> bytes | None:
@@ -497,68 +442,87 @@ def unseal(path: Path) -> bytes | None:
     return content if hashlib.sha256(content).hexdigest().encode() == digest else None
 
 
-def named(path: Path):
-    raise SystemExit(f"{path} is damaged or missing. {RESCUE}")
-
-
-def append(path: Path, line: dict) -> None:
+def log(run: Run, name: str, line: dict) -> None:
+    run.state["logs"][name].append(line)
     if dist.get_rank() == 0:
-        with open(path, "a") as file:
+        with open(run.out / name, "a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def charge(run: Run, phase: str) -> None:
+    """Adds the time since the last call to a phase's seconds, and notes its peak memory."""
+    seconds, peaks, before = run.state["seconds"], run.state["peak_bytes"], run.since
+    run.since = time.perf_counter()
+    seconds[phase] = seconds.get(phase, 0.0) + run.since - before
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peaks[phase] = max(peaks.get(phase, 0), torch.cuda.max_memory_allocated() or host)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def save_state(run: Run, optimizer=None) -> None:
     """Each rank writes its part, rank 0 then the page that makes them count; the old ones go."""
-    with clock(run.state, "save"):
-        folder, number, buffer = run.out / "state", run.state["saves"] + 1, io.BytesIO()
-        parts = {
-            "model": run.scorer.state_dict(),
-            "optimizer": optimizer and optimizer.state_dict(),
-        }
-        torch.save(parts, buffer)
-        seal(folder / f"{number}-{dist.get_rank()}", buffer.getbuffer())
-        logs = {log: (run.out / log).stat().st_size for log in run.state["logs"]}
-        run.state |= {"saves": number, "logs": logs}
-        gather()
-        if dist.get_rank() == 0:
-            seal(folder / "page", json.dumps(run.state).encode())
-            for old in folder.iterdir():
-                if old.name != "page" and not old.name.startswith(f"{number}-"):
-                    old.unlink()
-
-
-def load_state(run: Run) -> dict | None:
-    """Sets run.state, the weights and the logs to where the run stood; returns the optimizer's."""
-    page, parts = run.out / "state" / "page", {}
-    if page.exists():
-        run.state |= json.loads(unseal(page) or named(page))
-        path = page.with_name(f"{run.state['saves']}-{dist.get_rank()}")
-        content = io.BytesIO(unseal(path) or named(path))
-        parts = torch.load(content, weights_only=True, map_location="cpu")
-        run.scorer.load_state_dict(parts["model"])
+    folder, number, buffer = run.out / "state", run.state["saves"] + 1, io.BytesIO()
+    optimizer = optimizer and optimizer.state_dict()
+    torch.save({"model": run.scorer.state_dict(), "optimizer": optimizer}, buffer)
+    seal(folder / f"{number}-{dist.get_rank()}", buffer.getbuffer())
+    run.state["saves"] = number
+    charge(run, "save")
     gather()
-    for log, size in run.state["logs"].items() if dist.get_rank() == 0 else []:
-        with open(run.out / log, "ab") as file:  # lines after the saved state will come again
-            require(file.tell() >= size, f"{log} lost lines that were saved. {RESCUE}")
-            file.truncate(size)
-    return parts.get("optimizer")
+    if dist.get_rank() == 0:
+        seal(folder / "page", json.dumps(run.state).encode())
+        for old in folder.glob("*-*"):
+            if not old.name.startswith(f"{number}-"):
+                old.unlink()
+
+
+def open_folder(run: Run, dropped: list[dict], need: int) -> dict | None:
+    """Begins in a new folder. In this run's own, sets weights, run.state and logs to where it stood
+    and returns the optimizer's state. Refuses another run's."""
+    page, saved, rows = run.out / "state" / "page", {}, hashlib.sha256()
+    for row in run.rows + run.heldout:
+        rows.update(repr(row).encode())
+    mine = {k: v for k, v in vars(run.config).items() if k not in ("out", "dry_run")}
+    mine |= {"processes": dist.get_world_size(), "data_sha256": rows.hexdigest()}
+    run.state["run"] = mine | {"model_sha256": run.state["pi_t"]}
+    if page.exists() or (run.out / "log.jsonl").exists():
+        held = json.loads(require(unseal(page), f"{page} {DAMAGED}"))
+        pairs = [(k, held["run"].get(k), v) for k, v in run.state["run"].items()]
+        changed = "; ".join(f"{k} was {a}, is {b}" for k, a, b in pairs if a != b)
+        require(not changed, f"{run.out} holds another run ({changed}): use a new --out")
+        run.state |= held
+    if run.state["saves"]:
+        part = page.with_name(f"{run.state['saves']}-{dist.get_rank()}")
+        content = io.BytesIO(require(unseal(part), f"{part} {DAMAGED}"))
+        saved = torch.load(content, weights_only=True, map_location="cpu")
+        run.scorer.load_state_dict(saved["model"])
+    gather()  # all have looked before one writes
+    if dist.get_rank() == 0:
+        seal(page, json.dumps(run.state).encode())
+        free = shutil.disk_usage(run.out).free
+        room = run.state["saves"] or free > need
+        require(room, f"{run.out} has {free / 1e9:.3f} GB free and needs {need / 1e9:.3f}")
+        about = {m.__name__: m.__version__ for m in (torch, transformers, datasets)}
+        about["model_commit"] = getattr(run.scorer.lm.config, "_commit_hash", None)
+        (run.out / "run.json").write_text(json.dumps(about | {"run": run.state["run"]}, indent=1))
+        for name, lines in [*run.state["logs"].items(), ("dropped.jsonl", dropped)]:
+            # What was logged after the saved state comes again.
+            (run.out / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return saved.get("optimizer")
 
 
 def save_round(run: Run) -> None:
     """OUT/round-N, a Hugging Face folder, in the precision that computed: bf16 on GPUs."""
-    dtype, weights = torch.bfloat16 if torch.cuda.is_available() else torch.float32, {}
-    for name, weight in run.scorer.lm.state_dict().items():  # a whole weight at a time
-        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        if dist.get_rank() == 0:
-            weights[name] = whole.to("cpu", dtype)
+    whole, lm = StateDictOptions(full_state_dict=True, cpu_offload=True), run.scorer.lm
+    weights = get_model_state_dict(lm, options=whole)  # empty but on rank 0
     if dist.get_rank() == 0:
         with torch.device("meta"):
-            served = AutoModelForCausalLM.from_config(run.scorer.lm.config, dtype=dtype)
+            served = AutoModelForCausalLM.from_config(lm.config)
         served.load_state_dict(weights, assign=True)
         served.tie_weights()
-        served.generation_config = run.generation
-        folder = run.out / f"round-{run.state['round']}"
-        temporary = folder.with_suffix(".tmp")
+        served.to(torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+        served.generation_config = lm.generation_config
+        folder, temporary = (run.out / f"round-{run.state['round']}{end}" for end in ("", ".tmp"))
         shutil.rmtree(temporary, ignore_errors=True)
         served.save_pretrained(temporary)
         run.tokenizer.save_pretrained(temporary)
@@ -566,102 +530,114 @@ def save_round(run: Run) -> None:
         os.sync()
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
+    charge(run, "save")
 
 
 # -------------------------------------------------------- self-play: y' ~ pi_t, and log pi_t
-class Played(NamedTuple):
-    generated: list[int]  # the sampled ids themselves, never decoded and encoded again
-    logps: list[float]  # log pi_t of chosen, rejected, generated
+@torch.no_grad()
+def check_model(run: Run) -> None:
+    """Our log pi must be that of the model's own logits. May all responses share a row?"""
+    scorer, row = run.scorer, max(run.rows, key=lambda row: len(row.prompt) + len(row.chosen))
+    window = getattr(scorer.lm.config, "sliding_window", None) or math.inf  # our mask overrules it
+    fits = run.config.max_prompt + run.config.max_response <= window
+    fits = fits and scorer.lm.config._attn_implementation in ("sdpa", "eager")  # they take a mask
+    ours, limit = {}, TOLERANCE[scorer.lm.device.type] * len(row.chosen) ** 0.5
+    for scorer.sharing in (False, fits):
+        ours[scorer.sharing] = scorer([(row.prompt, [row.rejected, row.chosen])])[0, 1]
+    with gathered(scorer):
+        ids = torch.tensor([[*row.prompt, *row.chosen]], device=scorer.lm.device)
+        logits = scorer.lm(ids).logits[:, len(row.prompt) - 1 : -1]
+    own = spac.token_logps(logits, ids[:, len(row.prompt) :]).sum()
+    require(abs(ours[False] - own) <= limit, f"log pi {ours} is {own} by the model's own logits: "
+            "its head is more than a matrix, which Scorer.head must learn first")  # fmt: skip
+    scorer.sharing = bool(abs(ours[fits] - own) <= limit) and fits
+    say("responses to a prompt " + ("share one row" if scorer.sharing else "take a row each"))
 
 
 def sample(run: Run, prompts: list[array], seed: int) -> list[list[int]]:
     """One true sample y ~ pi(.|x) a prompt: all that would bend it is off, and nothing comes from
     the model's folder. An end token is there if it was sampled."""
-    device, longest, lm = run.scorer.lm.device, max(map(len, prompts)), run.scorer.lm
-    ids = torch.tensor([[0] * (longest - len(x)) + list(x) for x in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in prompts], device=device)
-    lm.generation_config = GenerationConfig()  # else it fills what is unset below
+    lm, longest = run.scorer.lm.eval(), max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(x)) + list(x) for x in prompts], device=lm.device)
+    mask = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in prompts])
     settings = GenerationConfig(
         do_sample=True, temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0,
-        max_new_tokens=run.config.max_response, eos_token_id=sorted(run.stops),
-        pad_token_id=min(run.stops),
+        max_new_tokens=run.config.max_response, eos_token_id=[*run.stops], pad_token_id=0,
     )  # fmt: skip
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        whole = lm.eval().generate(ids, settings, attention_mask=mask, synced_gpus=False)
+        theirs, lm.generation_config = lm.generation_config, GenerationConfig()  # fills gaps above
+        whole = lm.generate(ids, settings, attention_mask=mask.to(ids), synced_gpus=False)
+        lm.generation_config = theirs
     drawn = whole[:, longest:].tolist()
     ends = [next((i for i, t in enumerate(y, 1) if t in run.stops), len(y)) for y in drawn]
     return [y[:end] for y, end in zip(drawn, ends)]
 
 
-def play(run: Run, rows: list[Row], name: str) -> dict[int, Played]:
-    """By row number. Batches are fixed and then dealt to the ranks; each has its seed, so that the
-    number of ranks changes no y', and its file, which is made once and carries pi_t's hash."""
-    size, rows = run.config.generate_batch, sorted(rows, key=lambda r: (len(r.prompt), r.number))
-    batches = [rows[i : i + size] for i in range(0, len(rows), size)]  # alike in length
+def play(run: Run, rows: list[Row], name: str) -> list[Row]:
+    """The rows with y' and its scores. Batches are fixed and then dealt to the ranks; each has its
+    seed, so that the number of ranks changes no y', and its file, made once, with pi_t's hash."""
+    size, alike = run.config.generate_batch, sorted(rows, key=lambda r: (len(r.prompt), r.number))
+    batches = [alike[i : i + size] for i in range(0, len(alike), size)]
     paths = [run.out / "play" / name / f"{i:06d}" for i in range(len(batches))]
 
     def read(path: Path) -> dict | None:
         page = json.loads(unseal(path) or "{}")
         return page["rows"] if page.get("pi_t") == run.state["pi_t"] else None
 
-    todo = [i for i, path in enumerate(paths) if read(path) is None]
-    missing = f"{paths[todo[0]]} is damaged or gone, and so is pi_t. {RESCUE}" if todo else ""
-    require(not todo or run.state["step"] == 0, missing)
-    gather()  # all have looked before one writes
     with gathered(run.scorer):
-        mine = todo[dist.get_rank() :: dist.get_world_size()]
+        mine = range(dist.get_rank(), len(batches), dist.get_world_size())
         for i in tqdm(mine, f"playing {name}", disable=dist.get_rank() > 0 or None):
+            if read(paths[i]):
+                continue
+            require(run.state["step"] == 0, f"{paths[i]} {DAMAGED}")  # and pi_t is no more
             require(not leaving.is_set(), LEFT)
-            with clock(run.state, "generate"):
-                seed = seed_of(run.config.seed, name, i)
-                answers = sample(run, [row.prompt for row in batches[i]], seed)
-                pairs = list(zip(batches[i], answers))
-            with clock(run.state, "score"):
-                items = [(row.prompt, [row.chosen, row.rejected, y]) for row, y in pairs]
-                parts = range(0, len(items), run.config.micro_batch)
-                logps = [run.scorer(items[j : j + run.config.micro_batch]).tolist() for j in parts]
-            played = {row.number: (y, logp) for (row, y), logp in zip(pairs, sum(logps, []))}
+            prompts, logps = [row.prompt for row in batches[i]], []
+            answers = sample(run, prompts, seed_of(run.config.seed, name, i))
+            charge(run, "generate")
+            items = [(r.prompt, [r.chosen, r.rejected, y]) for r, y in zip(batches[i], answers)]
+            for j in range(0, len(items), run.config.micro_batch):
+                logps += run.scorer(items[j : j + run.config.micro_batch]).tolist()
+            charge(run, "score")
+            played = {r.number: told for r, *told in zip(batches[i], answers, logps)}
             seal(paths[i], json.dumps({"pi_t": run.state["pi_t"], "rows": played}).encode())
     gather()
-    return {int(number): Played(*p) for path in paths for number, p in read(path).items()}
+    charge(run, "wait")  # for the other ranks
+    told = {number: both for path in paths for number, both in read(path).items()}
+    return [Row(*row[:4], *told[str(row.number)]) for row in rows]
 
 
 # -------------------------------------------------------- training
 COLUMNS = "loss preference critic accuracy margin logp_chosen logp_rejected logp_generated kl"
 
 
-def losses(run: Run, rows: list[Row], played: dict[int, Played] | None) -> dict[str, Tensor]:
+def losses(run: Run, rows: list[Row]) -> dict[str, Tensor]:
     """Of each pair, (B,): the loss, what the log shows, and how far log pi is from log pi_t.
-    Without self-play it is the SFT's: nats per token of both responses."""
-    items = [(row.prompt, [row.chosen, row.rejected]) for row in rows]
-    if played is None:
-        tokens = torch.tensor([sum(map(len, ys)) for _, ys in items])
-        policy = run.scorer(items)
-        return dict(loss=-policy.sum(1) / tokens.to(policy))
-    items = [(x, [*ys, played[row.number].generated]) for row, (x, ys) in zip(rows, items)]
-    policy, beta = run.scorer(items), run.config.beta  # (B, 3)
-    opponent = torch.tensor([played[row.number].logps for row in rows]).to(policy)
-    terms = spac.spac_loss(
-        policy.unbind(1), opponent.unbind(1), beta, run.config.lam, CRITICS[run.config.critic]
-    )
+    Rows without y' have the SFT's: nats per token of both responses."""
+    items = [(row.prompt, row[2:5] if row.logps else row[2:4]) for row in rows]
+    policy, beta = run.scorer(items), run.config.beta  # (B, 3), or (B, 2)
+    sizes = torch.tensor([[len(y) for y in ys] for _, ys in items]).to(policy)
+    if not rows[0].logps:
+        return dict(loss=-policy.sum(1) / sizes.sum(1))
+    opponent = torch.tensor([row.logps for row in rows]).to(policy)
+    critic, both = CRITICS[run.config.critic], (policy.unbind(1), opponent.unbind(1))
+    terms = spac.spac_loss(*both, beta, run.config.lam, critic)
     h = (policy - opponent).detach()
-    sizes = torch.tensor([[len(y) for y in ys] for _, ys in items]).to(h)
     ahead = h[:, 0] - h[:, 1]
     shown = [*terms, (ahead > 0).float(), beta * ahead, *policy.unbind(1), -h[:, 2]]  # y' ~ pi_t
     worst = dict(largest=(beta * h).abs().amax(1), gap=(h.abs() / sizes.sqrt()).amax(1))
     return dict(zip(COLUMNS.split(), shown)) | worst
 
 
-def accumulate(run: Run, batch: list[Row], played: dict[int, Played] | None) -> list[dict]:
-    """Adds the gradient of the mean loss over the GLOBAL batch, for any number of processes and any
-    micro-batch. Returns losses() of every pair, on every rank."""
+def accumulate(run: Run, batch: list[Row]) -> list[dict]:
+    """Adds the gradient of the mean loss over the GLOBAL batch, however it is dealt to processes
+    and micro-batches. Returns losses() of every pair, on every rank."""
     world, size, values = dist.get_world_size(), run.config.micro_batch, []
     share = batch[dist.get_rank() :: world]
     for start in range(0, math.ceil(len(batch) / world), size):
         part = share[start : start + size] or batch[:1]  # FSDP2 needs every rank in every pass
         weight = world / len(batch) if start < len(share) else 0.0  # it averages over the ranks
-        shown = losses(run, part, played)
+        shown = losses(run, part)
         (shown["loss"].sum() * weight).backward()
         columns = zip(*(column.tolist() for column in shown.values()))
         told = [dict(zip(shown, pair), row=row.number) for row, pair in zip(part, columns)]
@@ -669,13 +645,12 @@ def accumulate(run: Run, batch: list[Row], played: dict[int, Played] | None) -> 
     return sum(gather(values), [])
 
 
-def batches_of(run: Run) -> list[list[Row]]:
-    """All steps of the round, in an order that (seed, round, epoch) decides; the last batch of an
-    epoch may be smaller."""
+def batches_of(run: Run, rows: list[Row]) -> list[list[Row]]:
+    """The steps of a round, in an order of (seed, round, epoch); an epoch's last may be smaller."""
     number, size, batches = run.state["round"], run.config.batch, []
     for epoch in range(run.config.epochs if number else run.config.sft_epochs):
-        seed = seed_of(run.config.seed, "order", number, epoch)
-        order = random.Random(seed).sample(run.rows, len(run.rows))
+        draw = random.Random(seed_of(run.config.seed, "order", number, epoch))
+        order = draw.sample(rows, len(rows))
         batches += [order[i : i + size] for i in range(0, len(order), size)]
     return batches
 
@@ -687,33 +662,33 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * min(1, (step + 1) / warm) * (1 + math.cos(angle)) / 2
 
 
-def train(run: Run, played: dict[int, Played] | None, saved: dict | None) -> None:
+def train(run: Run, rows: list[Row], saved: dict | None) -> None:
     """The rest of a round, from step state["step"] on; saved is the optimizer's state there."""
-    config, state, batches = run.config, run.state, batches_of(run)
+    config, state, batches = run.config, run.state, batches_of(run, rows)
     weights = [weight for weight in run.scorer.parameters() if weight.requires_grad]
     shards = [local(weight.detach()) for weight in weights]  # Adafactor knows no DTensor
     optimizer = OPTIMIZERS[config.optimizer]([x for x in shards if x.numel()], weight_decay=0.0)
     if saved:
         optimizer.load_state_dict(saved)
-    names, peak = (COLUMNS.split(), config.lr) if played else (["loss"], config.sft_lr)
+    names, peak = (COLUMNS.split(), config.lr) if state["round"] else (["loss"], config.sft_lr)
     if state["step"] < len(batches):
         say("round  step      lr    grad " + "".join(f"{n.split('_')[-1]:>11}" for n in names))
     run.scorer.train()  # which gradient checkpointing waits for; there is no dropout
     for step in range(state["step"], len(batches)):
         rate = learning_rate(step, len(batches), peak, config.warmup)
-        with clock(state, "train"):
-            run.scorer.zero_grad()
-            values = accumulate(run, batches[step], played)
-            norm = nn.utils.clip_grad_norm_(weights, config.clip)
-            norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-            check_step(run, values, norm)
-            for shard, weight in zip(shards, weights):
-                shard.grad = local(weight.grad)
-            optimizer.param_groups[0]["lr"] = rate
-            optimizer.step()
+        run.scorer.zero_grad()
+        values = accumulate(run, batches[step])
+        norm = nn.utils.clip_grad_norm_(weights, config.clip)
+        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        check_step(run, values, norm)
+        for shard, weight in zip(shards, weights):
+            shard.grad = local(weight.grad)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        charge(run, "train")
         means = {name: fmean(pair[name] for pair in values) for name in names}
-        event = {"event": "step" if played else "sft", "round": state["round"], "step": step}
-        append(run.out / "log.jsonl", event | means | {"grad_norm": norm, "lr": rate})
+        event = dict(event="step" if state["round"] else "sft", round=state["round"], step=step)
+        log(run, "log.jsonl", event | means | {"grad_norm": norm, "lr": rate})
         numbers = "".join(f"{mean:11.3f}" for mean in means.values())
         say(f"{state['round']:5} {step:5} {rate:.1e} {norm:7.3f} {numbers}")
         largest = max(pair.get("largest", 0.0) for pair in values)
@@ -727,37 +702,23 @@ def train(run: Run, played: dict[int, Played] | None, saved: dict | None) -> Non
 def check_step(run: Run, values: list[dict], norm: float) -> None:
     """Loss and gradient are finite; and at step 0, pi = pi_t was scored as play() scored it."""
     where = f"round {run.state['round']} step {run.state['step']}"
-    rows = sorted(p["row"] for p in values if not math.isfinite(p["loss"]))
-    suspects = rows or sorted(pair["row"] for pair in values)
-    require(not rows and math.isfinite(norm), f"{where}: the loss or its gradient is not finite, "
-            f"at rows {suspects}. The last saved state stays")  # fmt: skip
+    bad = [pair["row"] for pair in values if not math.isfinite(pair["loss"])]
+    if bad or not math.isfinite(norm):
+        rows = sorted(bad or [pair["row"] for pair in values])
+        raise SystemExit(f"{where}: not finite at rows {rows}. The last saved state stays")
     if run.state["round"] and run.state["step"] == 0:
-        gap, limit = max(p["gap"] for p in values), TOLERANCE[run.scorer.lm.device.type]
+        gap, limit = max(pair["gap"] for pair in values), TOLERANCE[run.scorer.lm.device.type]
         say(f"pi is pi_t to {gap:.1e} nats per root token, at most {limit}")
         require(gap <= limit, f"{where}: pi is not pi_t; were they scored the same way?")
 
 
 # -------------------------------------------------------- what a person sees
-@contextlib.contextmanager
-def clock(state: dict, phase: str):
-    """Adds to the round's seconds, and notes the peak memory, of a phase."""
-    began, gpu = time.perf_counter(), torch.cuda.is_available()
-    if gpu:
-        torch.cuda.reset_peak_memory_stats()
-    yield
-    whole = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = torch.cuda.max_memory_allocated() if gpu else whole
-    state["seconds"][phase] = state["seconds"].get(phase, 0.0) + time.perf_counter() - began
-    state["peak_bytes"][phase] = max(state["peak_bytes"].get(phase, 0), peak)
-
-
 def evaluate(run: Run) -> None:
     """Answers the held-out prompts, else some of training, and logs what came as one round."""
     world, number = CopyDigits() if run.config.preset == "tiny" else None, run.state["round"]
     rows, told = run.heldout or run.rows[: run.config.generate_batch], []
-    played = play(run, rows, f"heldout-{number}")
-    for row in rows:
-        y, (chosen, rejected, _) = played[row.number]
+    for row in play(run, rows, f"heldout-{number}"):
+        y, (chosen, rejected, _) = row.generated, row.logps
         prompt = run.tokenizer.decode(row.prompt, skip_special_tokens=True)
         response = run.tokenizer.decode(y[:-1] if y[-1] in run.stops else y)
         told.append({"length": len(y), "finished": y[-1] in run.stops})
@@ -769,35 +730,32 @@ def evaluate(run: Run) -> None:
         if len(told) <= 4:
             say(f"    {prompt[-70:]!r} -> {response[:70]!r}")
             line = {"round": number, "row": row.number, "prompt": prompt, "response": response}
-            append(run.out / "samples.jsonl", line)
+            log(run, "samples.jsonl", line)
     means = {name: fmean(one[name] for one in told) for name in told[0]}
     means["max_implied_reward"] = run.state["largest"]
     say(f"round {number}: " + "  ".join(f"{name} {mean:.3f}" for name, mean in means.items()))
-    usage = {name: run.state[name] for name in ("seconds", "peak_bytes")}
-    append(run.out / "log.jsonl", {"event": "round", "round": number} | means | usage)
+    spent = {name: dict(run.state[name]) for name in ("seconds", "peak_bytes")}
+    log(run, "log.jsonl", {"event": "round", "round": number} | means | spent)
 
 
-def draw_curves(out: Path) -> None:
-    """curves.png from log.jsonl: what each round's model is worth, and each term step by step."""
+def draw_curves(run: Run) -> None:
+    """curves.png: what each round's model is worth, and each term of the loss step by step."""
     from matplotlib import pyplot as plt
 
-    events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    rounds, steps = ([e for e in events if e["event"] == kind] for kind in ("round", "step"))
-    worth = [n for n in ("reward", "outside", "heldout_accuracy", "finished") if n in rounds[0]]
     figure, axes = plt.subplots(2, 2, figsize=(8, 6), layout="constrained")
-    for ax, drawn, label, names in (
-        (axes[0, 0], rounds, "share, of each round's model", worth),
-        (axes[0, 1], steps, "preference term (nats)", ["preference"]),
-        (axes[1, 0], steps, "critic's term before 1 / lam (nats)", ["critic"]),
-        (axes[1, 1], steps, "margin, KL(pi_t || pi) (nats)", ["margin", "kl"]),
+    for ax, kind, names, label in (
+        (axes[0, 0], "round", "reward outside heldout_accuracy finished", "share"),
+        (axes[0, 1], "step", "preference", "preference term (nats)"),
+        (axes[1, 0], "step", "critic", "critic's term before 1 / lam (nats)"),
+        (axes[1, 1], "step", "margin kl", "margin, KL(pi_t || pi) (nats)"),
     ):
-        for name in names:
-            ax.plot([event[name] for event in drawn], "o-" if drawn is rounds else "-", label=name)
-        ax.set(ylabel=label, xlabel="round" if drawn is rounds else "step, all rounds")
+        drawn = [line for line in run.state["logs"]["log.jsonl"] if line["event"] == kind]
+        for name in [name for name in names.split() if name in drawn[0]]:
+            ax.plot([line[name] for line in drawn], ".-", label=name)
+        ax.set(xlabel=f"{kind}, from the start", ylabel=label)
         ax.legend(frameon=False)
-    figure.savefig(buffer := io.BytesIO(), dpi=100)
+    figure.savefig(run.out / "curves.png", dpi=100)
     plt.close(figure)
-    write(out / "curves.png", buffer.getvalue())
 
 
 def plan(run: Run, dropped: list[dict]) -> int:
@@ -805,44 +763,17 @@ def plan(run: Run, dropped: list[dict]) -> int:
     config, rows, world = run.config, run.rows, dist.get_world_size()
     weights = sum(weight.numel() for weight in run.scorer.parameters())
     held = weights * (16 if config.optimizer == "adamw" else 8)  # fp32: see the top
-    tokens = sum(map(len, [ids for row in rows for ids in row[1:]])) * config.epochs
+    tokens = sum(len(ids) for row in rows for ids in row[1:4]) * config.epochs
     steps = math.ceil(len(rows) / config.batch) * config.epochs
     say(f"{len(rows)} pairs to train on, {len(run.heldout)} held out, {len(dropped)} dropped")
     for reason, count in Counter(line["reason"] for line in dropped).items():
         say(f"    {count} dropped: {reason}")
     require(rows, "no pair is left to train on: --help shows the forms of a pair")
-    say(f"{config.rounds} rounds, each {len(rows)} samples, then {steps} steps of {config.batch} "
-        f"pairs: {tokens / 1e6:.2f}e6 tokens and the samples'. {world} processes")  # fmt: skip
+    say(f"{config.rounds} rounds: {len(rows)} samples, then {steps} steps of {config.batch} pairs")
+    say(f"{tokens / 1e6:.2f}e6 tokens a round and the samples', on {world} processes")
     say(f"{weights / 1e9:.4f}e9 parameters: {held / world / 1e9:.2f} GB a process with gradients "
         f"and {config.optimizer}, {weights / 5e8:.2f} GB more where a GPU plays")  # fmt: skip
     return 2 * held + config.rounds * 4 * weights
-
-
-def claim(run: Run, dropped: list[dict], need: int) -> None:
-    """Writes run.json, or refuses a folder that holds another run."""
-    path, rows = run.out / "run.json", hashlib.sha256()
-    for row in run.rows + run.heldout:
-        rows.update(repr(row).encode())
-    mine = {k: v for k, v in vars(run.config).items() if k not in ("out", "dry_run")}
-    mine |= {"processes": dist.get_world_size(), "data_sha256": rows.hexdigest()}
-    mine |= {"model_sha256": run.state["pi_t"]}
-    try:
-        held = json.loads(path.read_bytes())["run"] if path.exists() else mine
-    except (ValueError, TypeError, KeyError):
-        named(path)
-    changed = [f"{k} was {held.get(k)}, is {v}" for k, v in mine.items() if held.get(k) != v]
-    require(not changed, f"{run.out} holds another run ({'; '.join(changed)}): give another --out")
-    gather()  # all have looked before one writes
-    if dist.get_rank() == 0 and not path.exists():
-        require(not (run.out / "state").exists(), f"{path} is gone, but not the run's state")
-        run.out.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(run.out).free
-        require(free > need, f"{run.out} has {free / 1e9:.3f} GB free and needs {need / 1e9:.3f}")
-        resolved = getattr(run.scorer.lm.config, "_commit_hash", None)
-        versions = {m.__name__: m.__version__ for m in (torch, transformers, datasets)}
-        write(run.out / "dropped.jsonl", "".join(json.dumps(d) + "\n" for d in dropped).encode())
-        page = {"run": mine, "model_commit": resolved, "versions": versions}
-        write(path, json.dumps(page, indent=1).encode())
 
 
 # -------------------------------------------------------- the story
@@ -856,18 +787,21 @@ def main(config: Config) -> None:
     # Where self-play starts, and what it learns from.
     lm, tokenizer = load_model(config)
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
-    generation, end = lm.generation_config, lm.generation_config.eos_token_id
+    end = lm.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
     require(tokenizer.eos_token_id in stops, "the tokenizer has no end-of-sequence token")
     rows, dropped = load_rows(config.data, tokenizer, stops, config)
-    rows, heldout = (rows, []) if config.heldout_data else split_off(rows, config)
     if config.heldout_data:
         heldout, more = load_rows(config.heldout_data, tokenizer, stops, config)
         dropped += more
+    else:
+        draw, count = random.Random(config.seed), min(config.heldout, len(rows) // 2)
+        heldout = sorted(draw.sample(rows, count))
+        rows = [row for row in rows if row not in heldout]
     rows = rows[: config.rows or None]
     state = dict(round=0, step=0, saves=0, pi_t="", largest=0.0, seconds={}, peak_bytes={})
-    state["logs"] = {"log.jsonl": 0, "samples.jsonl": 0}  # bytes of them that are saved
-    run = Run(config, out, Scorer(lm), tokenizer, generation, stops, rows, heldout, state)
+    state["logs"] = {"log.jsonl": [], "samples.jsonl": []}
+    run = Run(config, out, Scorer(lm), tokenizer, stops, rows, heldout, state)
     need = plan(run, dropped)
     if config.dry_run:
         return
@@ -875,21 +809,22 @@ def main(config: Config) -> None:
     # A new run, or the same one further on.
     shard(run.scorer, device)
     state["pi_t"] = hash_of_model(run.scorer)
-    claim(run, dropped, need)
-    saved = load_state(run)
-    check_model(run.scorer, max(rows, key=lambda row: len(row.prompt) + len(row.chosen)))
+    saved = open_folder(run, dropped, need)
+    check_model(run)
     if device.type == "cuda":  # each layer is computed again in the backward pass
         lm.activation_checkpointing_enable({"use_reentrant": False})
+    charge(run, "load")
 
     while state["round"] <= config.rounds:
-        played = play(run, rows, f"round-{state['round']}") if state["round"] else None
+        played = play(run, rows, f"round-{state['round']}") if state["round"] else rows
         train(run, played, saved)
         if state["round"] or config.sft_epochs:
             save_round(run)
         state |= {"step": 0, "pi_t": hash_of_model(run.scorer)}
         evaluate(run)
-        if dist.get_rank() == 0:
-            draw_curves(out)
+        if state["round"] and dist.get_rank() == 0:
+            draw_curves(run)
+        charge(run, "draw")
         saved, state["round"] = None, state["round"] + 1
         state |= {"largest": 0.0, "seconds": {}, "peak_bytes": {}}
         save_state(run)
@@ -897,9 +832,7 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    config = parse()
     try:
-        main(config)
+        main(parse())
     except (OSError, safetensors.SafetensorError) as error:
-        again = f"{config.out} keeps what was saved: mend this and give the same command again"
-        raise SystemExit(f"{error}\n{again}") from None
+        raise SystemExit(f"{error}\nMend this, then the same command goes on") from None

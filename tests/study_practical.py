@@ -1,8 +1,8 @@
 """From SPAC-T to what a network can run: python tests/study_practical.py --out results
 
-On the tables of toy_bandit.py, where everything is known: is one practical step SPAC-T's step
-(Eq. 26, 27)? Which parts of the practical form matter? What do critics that share features gain?
-Writes OUT/practical.json, OUT/ablation.png and OUT/approximation.png. About a minute, two cores.
+On the tables of toy_bandit.py, where everything is known: is chi2/2 the concentrability (Eq. 12), is
+one practical step SPAC-T's step (Eq. 26, 27)? Which parts of the practical form matter? What do
+critics that share features gain? Writes OUT/practical.json, OUT/ablation.png, OUT/approximation.png.
 """
 
 import argparse
@@ -25,6 +25,9 @@ import spac  # noqa: E402
 import toy_bandit as bandit  # noqa: E402
 
 EXPECTED = """
+theorem concentrability_exact  deviation        0     1e-9   |C/(chi2/2) - 1| where they must agree
+theorem concentrability_exact  largest          0     1.0001 C/(chi2/2) elsewhere
+theorem concentrability_exact  counter-example  2.249 2.251  C/a^2, where chi2/2 gives 3
 theorem change_of_variables    optimum          0     1e-6   one step's optimal value / SPAC-T's - 1
 goal    what_makes_it_work     base             0     .02    error at n = 300,000, rare responses
 goal    what_makes_it_work     box-10R          .02   1      the same, critic in [0, 10 R]
@@ -78,6 +81,49 @@ def practical_step(pi_t: Tensor, setting: tuple, box: float, optimizer, steps: i
 
     start = torch.full_like(pi_t, min(box, 1e3) / 2)  # pi_t itself: a shift of h is nothing
     return policy(descend(objective, start, optimizer, steps, box))
+
+
+def coverage_supremum(world: bandit.Instance, pi: Tensor, steps=3000) -> Tensor:
+    """C(pi) from its definition (Eq. 5), by projected gradients in mu's metric. (...)
+
+    The ratio ignores the length of g = f - r*, so g ranges over the cone that the box spans at r*;
+    for either sign, sup L(g)^2 / |g|^2 = 2 max (+-L(g) - |g|^2 / 2). A lower bound in general; it has
+    converged where mu is not too small, as here.
+    """
+    w, values = (pi - world.mu) / world.mu, []
+    low = torch.where(world.reward <= 0, 0.0, -math.inf)
+    high = torch.where(world.reward >= world.R, 0.0, math.inf)
+    for sign in (1, -1):
+        g = torch.zeros_like(w)
+        for _ in range(steps):
+            g = torch.maximum(torch.minimum(bandit.mean(world.mu, g) + sign * w / 2, high), low)
+        terms = world.mu * (sign * w * g - (g - bandit.mean(world.mu, g)) ** 2)
+        values.append((world.rho * terms.sum(-1)).sum(-1))
+    return 2 * torch.maximum(*values)
+
+
+def concentrability(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
+    """Eq. 12: the supremum C(pi) against chi2/2, with rewards inside and on the edge of the box."""
+
+    def ratio(world, pi):
+        chi2 = (world.rho * ((pi - world.mu) ** 2 / world.mu).sum(-1)).sum(-1)
+        return coverage_supremum(world, pi) / (chi2 / 2)
+
+    inside = bandit.random_instances(count := 30 if quick else 100, rng)
+    face = torch.tensor(rng.uniform(size=inside.reward.shape))  # half of the rewards at 0 or R
+    reward = inside.reward.masked_fill(face < 0.25, 0.0).masked_fill(face > 0.75, inside.R)
+    edged, pi = inside._replace(reward=reward), torch.tensor(rng.dirichlet(np.ones(5), (count, 2)))
+    equal, between = (
+        torch.cat([ratio(inside, pi), ratio(edged, bandit.greedy(reward))]),
+        ratio(edged, pi),
+    )
+    counter, a = bandit.single_prompt([1, 1, 1], [0.0, 2.0, 0.0]), 0.2
+    shift = a * torch.tensor([[-1.0, 0.0, 1.0]], dtype=torch.float64)
+    value = {"deviation": (equal - 1).abs().max().item(), "largest": between.max().item()}
+    value |= {"counter-example": coverage_supremum(counter, counter.mu + shift).item() / a**2}
+    return bandit.judge("concentrability_exact", value, 3 * count, EXPECTED), {
+        "least": between.min()
+    }
 
 
 def change_of_variables(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
@@ -175,6 +221,14 @@ def ablation(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
     return bandit.judge("what_makes_it_work", value, 4 * seeds, EXPECTED), {"table": table}
 
 
+def elsewhere(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
+    """The contest on a world where the mediocre response is the common one: no claim, a look."""
+    names = [name for name in bandit.METHODS if not name.endswith(" u") and "theorem" not in name]
+    seeds, ns = 24 if quick else 100, [3000, 300_000]
+    errors, _ = bandit.contest([(mediocre(n), n) for n in ns], names, seeds, rng)
+    return {}, {"n": ns} | {name: [e.mean().item() for e in line] for name, line in errors.items()}
+
+
 def draw_ablation(path: Path, table: dict) -> None:
     """One row a variant, one mark a world; to the left is better."""
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -234,7 +288,7 @@ def approximation(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
     }
     ns, lams = [200, 2000, 20_000], torch.tensor([0.3, 1.0, 3.0]).double()[:, None]
     lines = {name: [] for name in [*models, "finite class, mixture", "its bound"]}
-    coverage = {"finite class": [], "tables": []}
+    coverage = {"finite class": [], "tables": [], "share of tables reached": []}
     eta = math.sqrt(8 * math.log(A) / rounds) / world.R
     for n in ns:
         wins = bandit.sample_wins(world.repeat(seeds), n, rng)
@@ -261,8 +315,10 @@ def approximation(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
         lines["finite class, mixture"].append(world.regret(spac.mixture(pi for pi, _ in run)))
         bound = promise.transfer * (promise.regret + (8 * C_hat * cost).sqrt())  # Eq. 15, 20
         lines["its bound"].append(bound)
+        reached = promise.coverage.isfinite()
         coverage["finite class"].append(C_hat.mean().item())
-        coverage["tables"].append(promise.coverage.mean().item())
+        coverage["tables"].append(promise.coverage[reached].mean().item())
+        coverage["share of tables reached"].append(reached.double().mean().item())
     ratio = lines["log-linear critic"][1].mean() / lines["tabular critic"][1].mean()
     pairs = zip(lines["finite class, mixture"], lines["its bound"])
     value = {
@@ -274,7 +330,7 @@ def approximation(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
     return claims, {"coverage": coverage, "panels": panels}
 
 
-STUDIES = [approximation, ablation, change_of_variables]
+STUDIES = [ablation, approximation, elsewhere, concentrability, change_of_variables]
 
 
 def run_study(index: int, seed: int, quick: bool) -> tuple[dict, dict]:

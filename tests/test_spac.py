@@ -424,6 +424,8 @@ def test_the_data_policy_counts_prompts_and_pools_both_responses(rng):
             winners_differ += not np.allclose(m[x], winner_shares)
         assert p.sum() == pytest.approx(1) and p[3] == 0 and (m[3] == 0).all() and m[0, 2] == 0
     assert winners_differ >= 10
+    _, one_pair = spac.data_policy(double(counted([(2, 0, 1)])))
+    assert np.array_equal(one_pair, [[0, 0, 0], [0, 0, 0], [0.5, 0.5, 0], [0, 0, 0]])
 
 
 def test_objective_and_parts_equal_sums_over_triples(rng):

@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy import integrate, linalg, optimize, stats
+from scipy import integrate, linalg, optimize, special, stats
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+import study_practical as study  # noqa: E402
+
 import spac  # noqa: E402
 import toy_bandit as bandit  # noqa: E402
 
@@ -199,14 +201,14 @@ def test_concentrability_is_at_most_half_chi_square_with_equality_as_stated(rng)
     assert (C, chi2 / 2) == (pytest.approx(2.25 * a * a), pytest.approx(3 * a * a))
 
 
-def test_the_bandits_supremum_agrees_with_half_chi_square_where_rewards_are_interior(rng):
-    """Eq. 12: toy_bandit's solver; a reward at the edge of the box makes it smaller."""
+def test_the_studys_supremum_agrees_with_half_chi_square_where_rewards_are_interior(rng):
+    """Eq. 12: study_practical's solver; a reward at the edge of the box makes it smaller."""
     worlds = bandit.random_instances(100, rng)
     pi = random_policies(rng, 100, 2, 5)
     half_chi2 = (worlds.rho * ((pi - worlds.mu) ** 2 / worlds.mu).sum(-1)).sum(-1) / 2
-    assert (bandit.coverage_supremum(worlds, pi) / half_chi2 - 1).abs().max() < 1e-6
+    assert (study.coverage_supremum(worlds, pi) / half_chi2 - 1).abs().max() < 1e-6
     edged = worlds._replace(reward=torch.tensor(rng.choice([0.0, 2.0], (100, 2, 5))))
-    assert (bandit.coverage_supremum(edged, pi) / half_chi2).min() < 0.9
+    assert (study.coverage_supremum(edged, pi) / half_chi2).min() < 0.9
 
 
 # -------------------------------------------------------- the deterministic core
@@ -302,6 +304,40 @@ def test_hedge_regret_is_bounded_whatever_the_critic_says(rng):
     assert 0.9 * eta * R * R / 8 + kl / eta < regret <= eta * R * R / 8 + kl / eta
 
 
+def test_the_textbook_route_pays_for_the_policies_met(rng):
+    """Eq. 11, what (D) saves: policies met, the union's cost, and what small tables pay at most."""
+    worlds, wins, F = finite_games(rng, 1, 2, 15)
+    met = [worlds.mu]
+    for t in range(2, 8):  # all policies pi_t that any choice of f_1 .. f_{t-1} leads to
+        met = [spac.mirror_step(pi, f, 0.7) for pi in met for f in F]
+        met = list({tuple(pi.flatten().numpy().round(9)): pi for pi in met}.values())
+        assert len(met) == math.comb(t + 2 - 2, 2 - 1) and (t == 2 or len(met) < 2 ** (t - 1))
+    for T, n in ((30, 29), (100, 50), (1000, 900)):
+        for size in (T**2, T**3):
+            policies = log_comb(T + size - 2, size - 1)
+            assert (T - 1) / 2 * math.log(size) <= policies <= (T - 1) * math.log(size)
+            cost = 2.0 * math.sqrt(2 * (policies + math.log(size / DELTA)) / n)
+            assert cost >= 2.0 * math.sqrt((T - 1) * math.log(size) / n) > 2.0  # R = 2: vacuous
+            assert policies <= (size - 1) * math.log(T)  # cheap for a small class only
+    broken = 0
+    for _ in range(300):
+        worlds = bandit.random_instances(1, rng, X=2, A=4)
+        prompts, muhat = spac.data_policy(bandit.sample_wins(worlds, 30, rng))
+        f = torch.tensor(rng.choice([0.0, 2.0], (1, 2, 4)))
+        pi = bandit.greedy(f * torch.tensor(rng.choice([-1, 1])))
+        joint = prompts.unsqueeze(-1) * muhat - worlds.rho.unsqueeze(-1) * worlds.mu
+        shift = prompts - worlds.rho
+        change = ((shift * (pi * f).sum(-1)).sum() - (joint * f).sum()).abs().item()
+        terms = [2.0 * t.abs().sum().item() / 2 for t in (shift, joint)]
+        assert change <= sum(terms) + 1e-12
+        broken += change > min(terms) + 1e-9
+    assert broken > 20
+
+
+def log_comb(n: int, k: int) -> float:
+    return special.gammaln(n + 1) - special.gammaln(k + 1) - special.gammaln(n - k + 1)
+
+
 # -------------------------------------------------------- the lemma and the constants
 
 
@@ -350,6 +386,8 @@ def test_kappa_over_four_is_the_sharp_constant(rng):
         assert divergence(a, b) < near and 2 * (1 - np.exp(-divergence(a, b) / 2)) < near
         classical = bandit.slope_at(R) ** 2  # the textbook's constant, smaller by 1/(4 kappa)
         assert classical < bandit.slope_at(R) / 4
+    ratios = [1 / (4 * bandit.slope_at(R)) for R in (2.0, 4.0)]
+    assert ratios == [pytest.approx(2.4, abs=0.05), pytest.approx(14, abs=0.5)]
 
 
 def test_pointwise_curvature_is_the_infimum_over_the_box(rng):
@@ -403,6 +441,9 @@ def test_a_finite_class_obeys_its_bound_with_the_stated_probability(rng):
     complexity = math.log(size / delta)
     kappa = bandit.slope_at(worlds.R)
     assert (c_h <= 4 / kappa * coverage * (1 + 1e-9)).all()
+    tables = bandit.theorem(worlds, wins[0], 1).coverage  # C^_0 of Eq. 5, or infinity
+    assert (coverage <= tables * (1 + 1e-9)).all() and tables.isfinite().any()
+    assert (coverage > tables / 100).any()  # the control
 
     def gamma(lam):
         psi = spac.critic_objective(pi, F.unsqueeze(1), wins, lam)
@@ -443,7 +484,7 @@ def test_tables_obey_the_bound_without_log_n_with_the_stated_probability(rng, n)
     assert torch.allclose(settings.coverage, coverage.expand_as(L), rtol=1e-8)
     assert (L <= simple + 1e-9).all() and (price <= 4 / kappa * coverage + 1e-9).all()
     assert torch.allclose(settings.statistics, (2 * price * L / n).sqrt())
-    plain = math.sqrt(n / (2 * kappa * simple))  # n / (8 c_R L') with c_R = kappa / 4
+    plain = math.sqrt(n / (2 * kappa * simple))  # the plain rule
     shapes = {
         "theorem": (settings.lam, settings.statistics),
         "plain": (
@@ -489,6 +530,17 @@ def test_the_theorems_numbers_equal_a_computation_pair_by_pair(rng):
             math.sqrt(2 * v @ inverse @ v * L / n), rel=1e-6
         )
         assert got.lam.item() == pytest.approx(math.sqrt(v @ inverse @ v * n / (8 * L)), rel=1e-6)
+        plain, rank = bandit.theorem(world, wins, 100, plain=True), np.linalg.matrix_rank(G)
+        simple = rank / 2 * math.log(1 + 1 / (4 * kappa)) + math.log(1 / DELTA)
+        assert plain.lam.item() == pytest.approx(math.sqrt(n / (2 * kappa * simple)), rel=1e-6)
+        assert plain.eta.item() == pytest.approx(math.sqrt(8 * math.log(4) / 100) / 2)
+        prompts, best = spac.data_policy(wins)[0], world.reward.argmax(-1)
+        kl = (prompts * -world.mu[range(2), best].log()).sum().item()
+        term = (kl / math.log(4) + 1) / 2 * 2 * math.sqrt(math.log(4) / 200)
+        assert plain.regret.item() == pytest.approx(term)
+        assert got.regret.item() < plain.regret.item() * (1 + 1e-9)
+        price = (got.coverage.item() + 1) / 2 * math.sqrt(8 * simple / (kappa * n))
+        assert plain.statistics.item() <= price * (1 + 1e-9)
         order = [np.linalg.eigvalsh(M)[0] for M in (G / 16 - A, A - bandit.slope_at(2.0) / 4 * G)]
         assert min(order) > -1e-12
         assert np.linalg.eigvalsh(A - G / 16)[0] < -1e-6  # the control: the order is strict
@@ -504,6 +556,25 @@ def test_gamma_is_unbounded_in_lam_where_the_comparator_was_never_compared(rng):
         assert box_gamma(world, wins, bandit.greedy(world.reward), math.sqrt(n)) > 1.0
         covered = world._replace(reward=torch.tensor([[0.5, 0.0, 0.0]]).double())
         assert bandit.theorem(covered, wins, 100, start=uniform).bound.isfinite()  # the control
+
+
+def test_v_is_in_the_range_just_if_every_component_keeps_its_mass(rng):
+    """Eq. 17: responses compared within {1, 2} and {3, 4} only; one policy in reach, one not."""
+    world = bandit.single_prompt([1, 1, 1, 1], [1.9, 0.1, 1.0, 0.1])
+    wins = torch.zeros(1, 4, 4).double()
+    wins[0, 0, 1], wins[0, 2, 3] = 3, 1
+    _, muhat = spac.data_policy(wins)
+    G = matrices(world, wins)[1]
+    project = G @ np.linalg.pinv(G, rcond=1e-10)
+    for _ in range(100):
+        split, (a, b) = muhat[0].view(2, 2).sum(1), rng.uniform(size=2)
+        inside = torch.stack([a * split[0], (1 - a) * split[0], b * split[1], (1 - b) * split[1]])
+        for pi, reached in ((inside, True), (random_policies(rng, 4), False)):
+            v = comparator_vector(world, wins, pi.unsqueeze(0))
+            assert np.allclose(project @ v, v, atol=1e-9) == reached
+    assert bandit.theorem(world, wins, 100).bound.isinf()  # 1 was compared, but {3, 4} has mass
+    wins[0, 0, 2] = 1  # joins the two
+    assert bandit.theorem(world, wins, 100).bound.isfinite()
 
 
 def test_the_gaussian_average_of_the_likelihood_ratio_is_bounded_as_step_five_says(rng):
@@ -573,6 +644,10 @@ def test_the_gap_on_the_prompts_met_transfers_to_all_prompts(rng):
         assert rho @ gap <= rhohat @ gap + 2 * R * tv + 1e-12
         broken += rho @ gap > (rho / rhohat).max() * (rhohat @ gap) + 1e-9
     assert broken > 20
+    for n in (10, 1000):
+        rho = rng.dirichlet(np.full(5, 10.0))
+        tv = abs(rng.multinomial(n, rho, size=20_000) / n - rho).sum(1).mean() / 2
+        assert 0.3 * math.sqrt(5 / n) < tv <= math.sqrt(5 / n) / 2
 
 
 def test_coverage_bounds_the_way_the_actor_has_to_go(rng):
@@ -603,7 +678,9 @@ def test_the_critic_is_pessimistic_on_average_in_every_round(rng):
         assert (excess <= settings.lam * fit + critic.gap + 1e-12).all()  # sure, in every round
         worst.append(excess - critic.gap)
         without += (excess > 1e-5).sum().item()
-        pointwise.append((f > batch.reward).double().mean().item())
+        doubt = f - batch.reward  # centred: f is free up to shifts
+        doubt = doubt - (spac.data_policy(wins)[1] * doubt).sum(-1, keepdim=True)
+        pointwise.append((doubt > 1e-9).double().mean().item())
     failures = (torch.stack(worst).amax(0) > settings.slack).sum(0)
     assert (failures <= allowed(60, DELTA)).all()
     assert without > 100 and np.mean(pointwise) > 0.2
@@ -714,10 +791,13 @@ def test_the_classical_route_holds_and_is_looser(rng):
     phi = [np.log(sigmoid(signs * (z @ np.array([2 + s, 0.0])))).sum() for s in (0, 5 / 60)]
     assert abs(phi[0] - phi[1]) > 1
     d, simple = 8, 4 * math.log(1 + 1 / (4 * kappa)) + math.log(20)
-    factors = []
+    assert simple == pytest.approx(7.9, abs=0.05)
+    factors, covers = [], []
     for n in (300, 3000, 100_000):
         cover = d * math.log(math.ceil(2 * n)) + 1 + math.log(20)
+        covers.append(cover)
         factors.append(math.sqrt(cover / (4 * kappa * simple)))
+    assert covers == [pytest.approx(c, abs=0.5) for c in (55, 74, 102)]
     assert factors == [pytest.approx(f, abs=0.06) for f in (4.1, 4.7, 5.5)]
     worlds, wins = tabular_trials(rng, 1000, 10, 1)
     settings = bandit.theorem(worlds, wins, 100)
@@ -750,6 +830,11 @@ def test_the_practical_loss_is_the_critics_objective_in_disguise(rng):
         expected = spac.critic_objective(pi_t, f, wins, lam).item() / lam
         loss = practical(pi, pi_t, wins, beta, lam, spac.linear_critic)
         assert loss.item() == pytest.approx(expected)
+        fast = study.practical_loss(pi, wins, beta, lam, spac.linear_critic, pi_t)
+        assert fast.item() == pytest.approx(expected)  # from pooled responses, no triples
+        slow = practical(pi, pi_t, wins, beta, lam, spac.smoothed_critic)
+        fast = study.practical_loss(pi, wins, beta, lam, spac.smoothed_critic, pi_t)
+        assert fast.item() == pytest.approx(slow.item())
         wrong = practical(pi, pi_t, wins, 1.1 * beta, lam, spac.linear_critic)
         assert wrong.item() != pytest.approx(expected, rel=1e-6)
 
@@ -848,6 +933,10 @@ def test_dpo_cannot_see_an_unseen_response():
     theta = np.log(ref)  # softmax descent keeps theta_3 and theta_1 + theta_2
     end = np.exp([(theta[0] + theta[1] + 10) / 2, (theta[0] + theta[1] - 10) / 2, theta[2]])
     assert (end / end.sum())[2] == pytest.approx(0.0015, abs=5e-5)
+    world = bandit.single_prompt([0.5, 0.5, 0.0], [2.0, 1.0, 0.0])  # SPAC-T's terms, n large
+    wins = world.mu.unsqueeze(-1) * world.mu.unsqueeze(-2) * differences(world.reward).sigmoid()
+    promise = bandit.theorem(world, 1e12 * wins, 1000)
+    assert promise.regret.item() == pytest.approx(0.037, abs=5e-4) and promise.statistics < 1e-4
 
 
 @pytest.mark.parametrize("n, exact", [(6, 0.2785), (100, 0.2396), (1000, 0.2341), (10**6, 0.2294)])
@@ -864,8 +953,13 @@ def test_dpo_fails_on_a_rare_bad_response_at_every_beta(rng, n, exact):
     chances = [e[0] for e in events]
     draws = 200_000
     counts = rng.multinomial(n, [*chances, 1 - sum(chances)], size=draws)[:, :4]
-    share = (counts @ np.array([e[1] for e in events]) > 1e-9).mean()
-    assert share == pytest.approx(exact, abs=5 * math.sqrt(0.2 / draws))
+    lead = counts @ np.array([e[1] for e in events])
+    assert (lead > 1e-9).mean() == pytest.approx(exact, abs=5 * math.sqrt(0.2 / draws))
+    if n >= 1000:  # as many wins as losses against 1, and no pair of 2 and 3
+        ties = math.exp(-2) * special.iv(0, 2 * math.sqrt(slope(0.5)))
+        assert ties == pytest.approx(0.169, abs=5e-4)
+        tied = ((counts[:, 0] == counts[:, 1]) & (counts[:, 2:] == 0).all(1)).mean()
+        assert tied == pytest.approx(ties, abs=5 * math.sqrt(0.2 / draws))
     q = sum(chances)
     assert n * q * (1 - q) ** (n - 1) * sigmoid(-0.5) >= 0.08  # the proof's event
 

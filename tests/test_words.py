@@ -1,0 +1,539 @@
+"""Words and numbers agree with code: equations, names, links, flags, ceilings, README's figures.
+
+Each check is a function that returns its findings; it must find nothing here, and must find the
+fault that its test plants (the negative control). In README.md a number that comes from a run is
+followed by <!-- FILE:PATH -->, the stem of a results/*.json and the dotted path of the value in it.
+"""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CEILINGS = {"spac.py": 220, "toy_bandit.py": 700, "train_mistral.py": 750}
+CEILINGS |= {"theory.md": 800, "README.md": 220}
+MODULES = ["spac", "toy_bandit", "train_mistral"]
+THEORY = (ROOT / "theory.md").read_text(encoding="utf-8")
+README = ROOT / "README.md"
+
+
+@pytest.fixture
+def readme() -> str:
+    if not README.exists():
+        pytest.skip("README.md is not written yet")
+    return README.read_text(encoding="utf-8")
+
+
+def project_files() -> list[Path]:
+    """What git holds or would hold; without git, everything but caches and outputs."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        names = done.stdout.splitlines() if done.returncode == 0 else []
+    except FileNotFoundError:
+        names = []
+    if names:
+        return [ROOT / name for name in names if (ROOT / name).is_file()]
+    skipped = {".git", "out", "__pycache__", ".venv", ".pytest_cache", ".ruff_cache"}
+    found = (p for p in ROOT.rglob("*") if p.is_file())
+    return [p for p in found if not skipped & set(p.relative_to(ROOT).parts)]
+
+
+PYTHON_FILES = [path for path in project_files() if path.suffix == ".py"]
+
+
+# -------------------------------------------------------- equations
+
+
+def headings() -> dict[int, str]:
+    """{N: the section below "### Eq. N - name"}, up to the next heading."""
+    parts = re.split(r"^(#{2,3} .*)$", THEORY, flags=re.M)
+    titled = zip(parts[1::2], parts[2::2])
+    found = [(re.match(r"### Eq\. (\d+) - \S", title), body) for title, body in titled]
+    numbers = [int(match[1]) for match, _ in found if match]
+    assert len(numbers) == len(set(numbers)), "an equation number is used twice"
+    return {int(match[1]): body for match, body in found if match}
+
+
+def cited_equations(text: str) -> set[int]:
+    """Numbers in "Eq. 4", "Eq. 4, 7", "Eq. 2 and 3", "Eq. 28 to 31"."""
+    numbers = set()
+    for match in re.finditer(r"\bEqs?\.\s+(\d+(?:(?:,|\s+and|\s+to|\s+or)\s+\d+)*)", text):
+        numbers |= {int(number) for number in re.findall(r"\d+", match[1])}
+        for low, high in re.findall(r"(\d+)\s+to\s+(\d+)", match[1]):
+            numbers |= set(range(int(low), int(high)))
+    return numbers
+
+
+def test_equation_headings_are_numbered_without_gaps():
+    assert list(headings()) == list(range(1, len(headings()) + 1)) and len(headings()) >= 33
+    assert re.findall(r"^###? Eq\. .*", THEORY, re.M) == [
+        line for line in THEORY.splitlines() if re.match(r"### Eq\. \d+ - \S", line)
+    ]
+
+
+def test_every_equation_cited_is_a_heading_of_the_theory():
+    files = [*PYTHON_FILES, ROOT / "theory.md", *([README] if README.exists() else [])]
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        if path == Path(__file__).resolve():
+            continue  # it plants faults
+        assert not cited_equations(text) - set(headings()), path.name
+    assert cited_equations((ROOT / "spac.py").read_text()) >= {2, 3, 4, 8, 28, 31}
+    planted = "see Eq. 1, 98 and Eq. 3 to 5, with Eq. 97 on 20 worlds (Eq.\n 96)"
+    assert cited_equations(planted) == {1, 98, 3, 4, 5, 97, 96}
+
+
+def test_every_equation_is_evaluated_by_a_test_of_the_theory():
+    """Each heading occurs in a docstring of tests/test_theory.py, and 99 does not."""
+    tree = ast.parse((ROOT / "tests/test_theory.py").read_text())
+    tests = [f for f in tree.body if isinstance(f, ast.FunctionDef) and f.name.startswith("test_")]
+    cited = set().union(*(cited_equations(ast.get_docstring(f) or "") for f in tests))
+    assert set(headings()) <= cited and 99 not in cited
+
+
+def test_each_function_of_an_equation_is_named_below_that_equation():
+    """A docstring of spac.py that begins with Eq. N, and the theory's section N that cites it."""
+    tree, found = ast.parse((ROOT / "spac.py").read_text()), []
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            match = re.match(r"Eq\. (\d+)", ast.get_docstring(node) or "")
+            found += [(node.name, int(match[1]))] if match else []
+    assert len(found) >= 10
+    missing = [(name, n) for name, n in found if f"`spac.{name}`" not in headings()[n]]
+    assert not missing
+    assert "`spac.data_fit`" not in headings()[2]  # the control: the wrong section
+
+
+# -------------------------------------------------------- names
+
+
+def names_in(module: str) -> dict[str, set[str]]:
+    """{top-level name: names inside it}, the module's own identifiers under ''."""
+    tree, found = ast.parse((ROOT / f"{module}.py").read_text()), {}
+
+    def inside(node) -> set[str]:
+        names = set()
+        for child in ast.walk(node):
+            names |= {getattr(child, field, None) for field in ("id", "arg", "attr", "name")}
+            if isinstance(child, ast.Constant) and isinstance(child.value, str):
+                plain = re.fullmatch(r"\w+( \w+)*", child.value)  # a name, or some in a row
+                names |= set(child.value.split()) if plain else set()
+        return {name for name in names if isinstance(name, str)}
+
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found[node.name] = inside(node)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for target in targets:
+                found |= {name: inside(node) for name in inside(target)}
+    return found | {"": inside(tree)}
+
+
+NAMES = {module: names_in(module) for module in MODULES}
+
+
+def exists(name: str) -> bool:
+    """module.name, module.Class.member, Class.member, or a top-level name of any module."""
+    head, *rest = name.split(".")
+    if head in NAMES:
+        places, rest = [NAMES[head]], rest
+    else:
+        places, rest = list(NAMES.values()), [head, *rest]
+    return any(
+        rest[0] in place and all(inner in place[rest[0]] for inner in rest[1:]) for place in places
+    )
+
+
+def dangling_names(text: str) -> list[str]:
+    """`spac.x`, `toy_bandit.x`, `train_mistral.x`, `Theorem.x` and the like that do not exist."""
+    owners = "|".join([*MODULES, "Instance", "Theorem", "Run", "Critic"])
+    found = re.findall(rf"`((?:{owners})(?:\.[A-Za-z_]\w*)+)(?:\(.*?\))?`", text)
+    return [name for name in found if not name.endswith(".py") and not exists(name)]
+
+
+def test_code_that_the_prose_names_exists():
+    assert not dangling_names(THEORY)
+    if README.exists():
+        assert not dangling_names(README.read_text(encoding="utf-8"))
+    planted = "`spac.spac_loss`, `spac.py`, `spac.nothing`, `Theorem.bound`, `Theorem.nothing`"
+    assert dangling_names(planted) == ["spac.nothing", "Theorem.nothing"]
+    assert len(re.findall(r"`(?:spac|toy_bandit)\.\w+`", THEORY)) > 15
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Blocks of consecutive rows, split into cells."""
+    blocks = re.findall(r"(?:^\|.*\n?)+", text, re.M)
+    # | between backticks or dollars, or behind a backslash, is no border
+    safe = [re.sub(r"\\\||\$`.*?`\$", lambda m: m[0].replace("|", "\0"), b) for b in blocks]
+    return [
+        [[cell.strip() for cell in row.strip().strip("|").split("|")] for row in block.splitlines()]
+        for block in safe
+    ]
+
+
+def broken_tables(text: str) -> list[str]:
+    """First rows of blocks without a separator, and rows of another width than their header."""
+    found = []
+    for block in tables(text):
+        if len(block) < 3 or not all(re.fullmatch(r":?-+:?", cell) for cell in block[1]):
+            found.append(block[0][0])
+        found += [row[0] for row in block if len(row) != len(block[0])]
+    return found
+
+
+def test_tables_are_whole_and_their_rows_complete():
+    """A blank line within a table would cut it; GitHub shows the rest as text."""
+    assert not broken_tables(THEORY)
+    if README.exists():
+        assert not broken_tables(README.read_text(encoding="utf-8"))
+    assert broken_tables("| a | b |\n|---|---|\n| 1 | 2 |\n\n| 3 | 4 |\n") == ["3"]
+    assert broken_tables("| a | b |\n|---|---|\n| 1 |\n") == ["1"]
+
+
+def dangling_symbols(text: str) -> list[str]:
+    """Names in the symbol table's last column that are no code; `a` in `f` must occur within f."""
+    rows = [row for block in tables(text) for row in block if len(row) == 3]
+    start = next(k for k, row in enumerate(rows) if row[2] == "name in the code")
+    everything = set().union(*(place[""] for place in NAMES.values()))
+    missing = []
+    for row in rows[start + 2 :]:
+        cell = row[2]
+        if not re.match(r"\$", row[0]) or "`" not in cell:
+            break  # the next table
+        owners = re.findall(r"in `(\w+)`", cell)
+        scopes = [NAMES["toy_bandit"].get(owner, set()) for owner in owners]
+        for name in re.findall(r"`([A-Za-z_][\w.]*)`", cell):
+            local = scopes and name not in owners
+            found = any(name in scope for scope in scopes) if local else exists(name)
+            missing += [] if found or (not local and name in everything) else [name]
+    return missing
+
+
+def test_every_name_of_the_symbol_table_is_code():
+    assert not dangling_symbols(THEORY)
+    header = "| symbol | meaning | name in the code |\n|---|---|---|\n"
+    planted = header + "| $`v`$ | | `v` in `theorem` |\n| $`q`$ | | `nowhere`, `wins` |\n"
+    planted += "| $`d`$ | | `nothing` in `theorem` |\n| $`J`$ | | `Instance.nothing` |\n"
+    assert dangling_symbols(planted) == ["nowhere", "nothing", "Instance.nothing"]
+
+
+def test_the_names_in_readmes_reading_order_and_log_are_code(readme):
+    """Functions that a reader is sent to; fields of the log, as the trainer spells them."""
+
+    def section(title):
+        return re.search(rf"^## {title}$(.*?)(?=^## |\Z)", readme, re.M | re.S)[1]
+
+    sent = re.findall(r"`([A-Za-z_][\w.]*)`", section("Reading order"))
+    sent = [name for name in sent if not name.endswith(".py")]
+    assert sent and not [name for name in sent if not exists(name)]
+    (log,) = tables(section("The trainer's log"))
+    fields = [name for row in log[2:] for name in re.findall(r"`(\w+)`", row[0])]
+    assert len(fields) > 10
+    spelt = NAMES["train_mistral"][""] | NAMES["spac"][""]
+    assert not [name for name in fields if name not in spelt]
+    assert "not_a_field" not in spelt and not exists("not_a_function")
+
+
+# -------------------------------------------------------- ceilings and manners
+
+
+def visible(line: str) -> str:
+    """A line of prose as a reader sees it: no HTML comments, no link targets."""
+    return re.sub(r"<!--.*?-->|(?<=\])\(\S*?\)", "", line)
+
+
+def too_wide(name: str, text: str) -> list[int]:
+    """Lines beyond 100 columns of code or 120 of prose. Rows of tables cannot be broken."""
+    prose = name.endswith(".md")
+    lines = [visible(line) if prose else line for line in text.splitlines()]
+    limit = 120 if prose else 100
+    return [
+        k for k, s in enumerate(lines, 1) if len(s) > limit and not (prose and s.startswith("|"))
+    ]
+
+
+@pytest.mark.parametrize("name", CEILINGS)
+def test_a_file_stays_below_its_ceiling(name):
+    if not (ROOT / name).exists():
+        pytest.skip(f"{name} is not written yet")
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= CEILINGS[name]
+
+
+def test_no_line_is_too_wide():
+    for path in project_files():
+        if path.suffix in (".py", ".md"):
+            assert not too_wide(path.name, path.read_text(encoding="utf-8")), path.name
+    assert too_wide("x.py", "a" * 101) == [1] == too_wide("x.md", "b" * 121)
+    assert not too_wide("x.md", "[c](" + "d" * 200 + ")" + "e" * 100)
+
+
+def test_readme_states_the_ceilings_that_hold(readme):
+    stated = dict(re.findall(r"^\| \[(\S+)\]\(\1\) \| (\d+) \|", readme, re.M))
+    assert stated == {k: str(v) for k, v in CEILINGS.items() if k != "README.md"}
+
+
+def imported(text: str) -> set[str]:
+    nodes = list(ast.walk(ast.parse(text)))
+    plain = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    return {name.split(".")[0] for name in plain} | {
+        (node.module or "").split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)
+    }
+
+
+def test_the_loss_needs_torch_only_and_the_scripts_what_is_pinned():
+    """spac.py: torch. The rest: the standard library, each other and requirements.txt."""
+    assert imported((ROOT / "spac.py").read_text()) == {"torch"}
+    requirements = (ROOT / "requirements.txt").read_text()
+    pinned = re.findall(r"^(\w+)==[\d.]+", requirements, re.M)
+    local = {path.stem for path in PYTHON_FILES}
+    comes_along = {"tokenizers", "safetensors", "jinja2", "tqdm"}  # with torch and transformers
+    known = {*pinned, *local, *comes_along, *sys.stdlib_module_names}
+    for path in PYTHON_FILES:
+        assert not imported(path.read_text(encoding="utf-8")) - known, path.name
+    assert imported("import torch.nn as nn\nfrom wandb.sdk import x") - known == {"wandb"}
+    scripts = {*imported((ROOT / "toy_bandit.py").read_text())}
+    assert not scripts & {"scipy", "transformers", "pytest"}
+
+
+def test_importing_a_module_prints_nothing():
+    """All three in one fresh process; a print would be seen."""
+    code = "; ".join(f"import {module}" for module in MODULES)
+    for more, silent in (("", True), ("; print()", False)):
+        if more:
+            code = "import spac"
+        done = subprocess.run(
+            [sys.executable, "-c", code + more], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert (done.stdout + done.stderr == "") == silent, done.stdout + done.stderr
+
+
+def test_no_file_speaks_of_the_workplace():
+    """Nor of where it was made; the words are put together here, so that this file may stay."""
+    words = ["../" + "shared", "/wo" + "rk/", "helper" + "-"]
+
+    def mentions(text):
+        return [word for word in words if word in text]
+
+    for path in project_files():
+        if path.suffix not in (".png", ".gif"):
+            assert not mentions(path.read_text(encoding="utf-8", errors="ignore")), path
+            assert not mentions(str(path.relative_to(ROOT)))
+    assert mentions("see ../" + "shared/x") == words[:1]
+
+
+# -------------------------------------------------------- README: links, flags, commands
+
+
+def slug(heading: str) -> str:
+    """GitHub's anchor of a heading."""
+    text = re.sub(r"[^\w\- ]", "", heading.strip().lower())
+    return text.replace(" ", "-")
+
+
+def dead_links(text: str, here: Path) -> list[str]:
+    dead = []
+    for target in re.findall(
+        r"\]\(([^)\s]+)\)", re.sub(r"```.*?```|\$`.*?`\$", "", text, flags=re.S)
+    ):
+        if re.match(r"https://\S+\.\S+", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = here.parent / name if name else here
+        known = path.exists()
+        if known and anchor:
+            titles = re.findall(r"^#{1,6} (.*)$", path.read_text(encoding="utf-8"), re.M)
+            known = anchor in map(slug, titles)
+        dead += [] if known else [target]
+    return dead
+
+
+def test_links_and_headings_resolve(readme):
+    assert not dead_links(readme, README)
+    assert not dead_links(THEORY, ROOT / "theory.md")
+    planted = "[a](spac.py) [b](nothing.py) [c](theory.md#nothing) [d](theory.md#1-setting)"
+    assert dead_links(planted, README) == ["nothing.py", "theory.md#nothing"]
+
+
+@pytest.fixture(scope="module")
+def flags() -> dict[str, set[str]]:
+    """{script: options of its --help}, for each script that has a main; all asked at once."""
+    scripts = [path for path in PYTHON_FILES if "ArgumentParser(" in path.read_text()]
+    asked = {
+        str(path.relative_to(ROOT).as_posix()): subprocess.Popen(
+            [sys.executable, path, "--help"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        for path in scripts
+        if path.name != Path(__file__).name
+    }
+    found = {name: set(re.findall(r"--\w[\w-]*", p.communicate()[0])) for name, p in asked.items()}
+    from torch.distributed.run import get_args_parser
+
+    found["torchrun"] = set(get_args_parser()._option_string_actions)
+    return found
+
+
+FOREIGN = r"\b(?:lm_eval|lm-eval|pip|git)\b[^`\n]*"  # commands of other programs
+
+
+def unknown_flags(text: str, flags: dict[str, set[str]], prose=True) -> list[str]:
+    """Flags of commands that the script named there does not have; in prose, flags of no script."""
+    text = re.sub(FOREIGN, "", text.replace("\\\n", " "))
+    everywhere = set().union({"--help"}, *flags.values())
+    used = re.findall(r"(?<![\w-])--[a-z]\w*", re.sub(r"<!--.*?-->", "", text))
+    unknown = [flag for flag in used if prose and flag not in everywhere]
+    for command in re.findall(r"(?:python|torchrun)\s[^`\n]*?\.py[^`\n]*", text):
+        head, script, tail = re.match(r"(.*?)(\S+\.py)(.*)", command).groups()
+        unknown += [f for f in re.findall(r"--\w+", tail) if f not in flags.get(script, {"--help"})]
+        if head.startswith("torchrun"):
+            unknown += [f for f in re.findall(r"--\w+", head) if f not in flags["torchrun"]]
+    return unknown
+
+
+def test_the_flags_that_readme_and_docstrings_name_exist(readme, flags):
+    assert {"toy_bandit.py", "train_mistral.py"} <= set(flags)
+    assert not unknown_flags(readme, flags)
+    assert not unknown_flags(THEORY, flags)
+    for path in PYTHON_FILES:
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        assert not unknown_flags(docstring, flags, prose=False), path.name
+    planted = (
+        "`--nothing` `python toy_bandit.py --dry_run` torchrun --nodes train_mistral.py --out x"
+    )
+    assert unknown_flags(planted, flags) == ["--nothing", "--nodes", "--dry_run", "--nodes"]
+
+
+def test_the_commands_of_readme_name_files_that_exist(readme):
+    named = re.findall(r"(?:python|torchrun)\s[^`\n]*?(\S+\.py)", readme.replace("\\\n", " "))
+    assert len(named) >= 5 and not [name for name in named if not (ROOT / name).exists()]
+
+
+def commands(text: str) -> list[list[str]]:
+    """Words of each shell command, split at line ends and &&."""
+    return [part.split() for line in text.splitlines() for part in line.split("&&") if part.split()]
+
+
+def test_readmes_test_command_is_the_one_of_the_checks(readme):
+    """The same pytest, with reporting options at most, after installing the same requirements."""
+    if not (ROOT / ".ci/run").exists():
+        pytest.skip(".ci/run is not written yet")
+    blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", readme, re.M | re.S))
+    checks = commands((ROOT / ".ci/run").read_text())
+
+    def command(found, word):
+        (one,) = [c for c in found if word in c[:3]]
+        quiet = ("-q", "--quiet", "--durations", "--disable-pip-version-check")
+        return [part for part in one if not part.startswith(quiet)]
+
+    for word in ("pytest", "install"):
+        assert command(commands(blocks), word) == command(checks, word)
+    assert command(commands("pytest -x"), "pytest") != command(checks, "pytest")
+
+
+def test_the_python_in_readme_runs(readme):
+    """Each block in a fresh process, from the repository's root; an undefined name is noticed."""
+    blocks = re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S)
+    for block in [*blocks, "print(undefined)"]:
+        done = subprocess.run(
+            [sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True
+        )
+        assert (done.returncode == 0) == (block in blocks), done.stderr
+        assert bool(done.stdout.strip()) == (block in blocks)
+
+
+# -------------------------------------------------------- README: numbers
+
+
+TAGGED = re.compile(r"(-?[\d,]*\.?\d+)\s*<!--\s*(\w+):(\S+?)\s*-->")
+
+
+def value_at(found, path: str):
+    """Follow a dotted path; keys may hold dots themselves."""
+    if not path:
+        return found
+    if isinstance(found, list):
+        head, _, rest = path.partition(".")
+        return value_at(found[int(head)], rest)
+    for key in sorted(found, key=len, reverse=True):
+        if path == key or path.startswith(key + "."):
+            return value_at(found[key], path[len(key) + 1 :])
+    raise KeyError(path)
+
+
+def wrong_numbers(text: str, results: dict[str, dict]) -> list[str]:
+    """Tagged numbers that are not the JSON's value rounded to the digits printed."""
+    wrong = []
+    for printed, stem, path in TAGGED.findall(text):
+        digits = len(printed.partition(".")[2])
+        try:
+            rounded = f"{float(value_at(results[stem], path)):.{digits}f}"
+        except (KeyError, IndexError, ValueError, TypeError):
+            rounded = "nothing"
+        if rounded == "nothing" or float(rounded) != float(printed.replace(",", "")):
+            wrong.append(f"{printed} is {rounded} in {stem}:{path}")
+    return wrong
+
+
+def recorded() -> dict[str, dict]:
+    return {p.stem: json.loads(p.read_text()) for p in (ROOT / "results").glob("*.json")}
+
+
+def test_numbers_in_readme_are_those_of_the_recorded_results(readme):
+    assert len(TAGGED.findall(readme)) >= 10
+    assert len(TAGGED.findall(readme)) == len(re.findall(r"<!-- *\w+:", readme))  # none unread
+    assert not wrong_numbers(readme, recorded())
+    good = "-0.48 <!-- t:v --> 5,000<!-- t:n --> .5<!-- t:h.1 -->"
+    values = {"t": {"v": -0.4811, "n": 5000, "h": [0, 0.4567]}}
+    assert not wrong_numbers(good, values)
+    assert len(wrong_numbers(good.replace("8", "7").replace("5,0", "5,1"), values)) == 2
+    assert len(wrong_numbers(good.replace("t:", "u:"), values)) == 3
+    dotted = {"t": {"a": {"n=1e5, T.3": [{"b": 7}]}}}  # keys may hold dots, not spaces
+    assert value_at(dotted, "t.a.n=1e5, T.3.0.b") == 7
+
+
+def claim_rows(readme: str) -> dict[str, list[str]]:
+    """{claim: the other cells} of the table of claims."""
+    for block in tables(readme):
+        if block[0][0] == "claim":
+            return {row[0].strip("`"): row[1:] for row in block[2:]}
+    raise AssertionError("README has no table of claims")
+
+
+def test_readmes_claims_are_the_codes_with_their_kinds(readme):
+    """All claims of the bandit and of the studies stand in the table; no others do."""
+    sources = [ROOT / "toy_bandit.py", *sorted((ROOT / "tests").glob("study_*.py"))]
+    pattern = r"^(theorem|goal) +(\w+) +\S+ +\S+ +\S+ +\S"
+    kinds = {}
+    for path in sources:
+        kinds |= {name: kind for kind, name in re.findall(pattern, path.read_text(), re.M)}
+    stated = {name: cells[0] for name, cells in claim_rows(readme).items()}
+    assert stated.items() >= kinds.items() and len(kinds) >= 10
+    known = set(kinds).union(*(result["claims"] for result in recorded().values()))
+    assert not set(stated) - known
+
+
+def test_no_measured_decimal_stands_in_the_table_of_claims_without_its_source(readme):
+    def untagged(cell):
+        return re.findall(r"(?<![\w.])-?\d*\.\d+", TAGGED.sub("", cell))
+
+    assert not [n for n, cells in claim_rows(readme).items() if untagged(cells[-1])]
+    assert untagged("slope -0.48 at n = 3,000, 0.1<!-- a:b -->") == ["-0.48"]
+
+
+def test_recorded_results_have_the_agreed_form():
+    """claims, data, setting; a verdict's fields; theorems hold."""
+    for stem, result in recorded().items():
+        assert set(result) == {"claims", "data", "setting"}, stem
+        for name, claim in result["claims"].items():
+            assert {"holds", "value", "limit", "runs", "says", "kind"} <= set(claim), name
+            assert claim["kind"] in ("theorem", "goal")
+            assert claim["holds"] or claim["kind"] == "goal", name
+            if isinstance(claim["value"], dict):
+                assert set(claim["value"]) >= set(claim["limit"]), name
