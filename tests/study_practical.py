@@ -1,8 +1,8 @@
 """From SPAC-T to what a network can run: python tests/study_practical.py --out results
 
-On the tables of toy_bandit.py, where everything is known: is chi2/2 the concentrability (Eq. 12), is
-one practical step SPAC-T's step (Eq. 26, 27)? Which parts of the practical form matter? What do
-critics that share features gain? Writes OUT/practical.json, OUT/ablation.png, OUT/approximation.png.
+On the tables of toy_bandit.py, where everything is known: is chi2/2 the concentrability (Eq. 12)?
+Is a practical step SPAC-T's step (Eq. 26, 27)? Which parts of the practical form matter, and what
+do critics that share features gain? Writes OUT/practical.json, ablation.png, approximation.png.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def practical_loss(pi: Tensor, wins: Tensor, beta: float, lam, critic, pi_t: Ten
 
 
 def without_baseline(h_chosen, h_rejected, h_generated, beta: float) -> Tensor:
-    """The critic's term as public notes print it: another algorithm (theory.md, section 8)."""
+    """The critic's term without the pair: another algorithm (theory.md, section 8)."""
     return beta * h_generated + 0 * h_chosen
 
 
@@ -87,8 +87,8 @@ def coverage_supremum(world: bandit.Instance, pi: Tensor, steps=3000) -> Tensor:
     """C(pi) from its definition (Eq. 5), by projected gradients in mu's metric. (...)
 
     The ratio ignores the length of g = f - r*, so g ranges over the cone that the box spans at r*;
-    for either sign, sup L(g)^2 / |g|^2 = 2 max (+-L(g) - |g|^2 / 2). A lower bound in general; it has
-    converged where mu is not too small, as here.
+    for either sign, sup L(g)^2 / |g|^2 = 2 max (+-L(g) - |g|^2 / 2). A lower bound in general; it
+    has converged where mu is not too small, as here.
     """
     w, values = (pi - world.mu) / world.mu, []
     low = torch.where(world.reward <= 0, 0.0, -math.inf)
@@ -317,7 +317,8 @@ def approximation(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
         lines["its bound"].append(bound)
         reached = promise.coverage.isfinite()
         coverage["finite class"].append(C_hat.mean().item())
-        coverage["tables"].append(promise.coverage[reached].mean().item())
+        mean = promise.coverage[reached].mean().item() if reached.any() else None
+        coverage["tables"].append(mean)
         coverage["share of tables reached"].append(reached.double().mean().item())
     ratio = lines["log-linear critic"][1].mean() / lines["tabular critic"][1].mean()
     pairs = zip(lines["finite class, mixture"], lines["its bound"])
