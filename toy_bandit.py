@@ -243,7 +243,7 @@ def theorem(world: Instance, wins: Tensor, rounds: int, start=None, plain=False)
     eta = (8 * price / (rounds * R * R)).sqrt().clamp(1e-12, 1e12)
     regret = divergence / (eta * rounds) + eta * R * R / 8
     cover = rank * (R * n).ceil().log() + 1 - log_delta
-    transfer = (world.rho / prompts).amax(-1)
+    transfer = (world.rho / prompts).nan_to_num(0.0, posinf=math.inf).amax(-1)
     classical = transfer * (regret + (2 * C_hat * cover / (kappa**2 * n)).sqrt())
     known = statistics, transfer * (regret + statistics), classical, C_hat
     unreached = (missed > 1e-8) | ~transfer.isfinite() | ~divergence.isfinite()
@@ -333,8 +333,8 @@ def series(points: list[tuple[Instance, int, int]], rng: np.random.Generator) ->
         row = {"n": n, "T": rounds, "runs": reached.sum(), "violations": (error > bound).sum()}
         row |= {"bound": bounds.mean(), "classical": classical.mean(), "start": start.mean()}
         row |= {"ratio": (bounds / met).median(), "classical_ratio": (classical / met).median()}
-        row |= {"gamma": (gamma <= promise.statistics).double().mean(), "lam": lam.mean()}
-        row |= {"gamma_ratio": (gamma / promise.statistics).max()}
+        row |= {"gamma": (gamma <= promise.statistics)[reached].double().mean()}
+        row |= {"gamma_ratio": (gamma / promise.statistics).max(), "lam": lam.mean()}
         row |= {"below_start": (bounds < start[0]).sum(), "pointwise": run.pointwise.mean()}
         row |= {"pessimistic": (run.optimism <= promise.slack + run.gap).all(0).double().mean()}
         row |= {"no_slack": (run.optimism <= 1e-6).double().mean()}

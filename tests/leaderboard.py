@@ -60,7 +60,7 @@ TASKS = {
 # and crash (--check shows it), 0.4.11 asks for a data set by a name that datasets 5 refuses.
 RUN = (
     "lm_eval run --model hf --model_args pretrained={model},dtype=bfloat16 --tasks {task} "
-    "--num_fewshot {shots} --batch_size auto --log_samples --output_path {out}"
+    "--num_fewshot {shots} --batch_size 8 --log_samples --output_path {out}"
 )
 COMMAND = (
     "for m in MODEL OUT/round-*; do for t in "
