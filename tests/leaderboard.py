@@ -280,10 +280,8 @@ def compare(name: str, held: dict[str, tuple[int, set]], wrong: list[str]) -> bo
     shots, metrics = sorted({s for s, _ in mine}), sorted(set().union(*(m for _, m in mine)))
     if (len(mine), shots) != (task.parts, [task.shots]) or task.metric not in metrics:
         wrong = [*wrong, f"must be {task.parts} of {task.parts}, [{task.shots}], {task.metric}"]
-    print(
-        f"  {name:15}{len(mine):2} of {task.parts:2} few-shot {shots} {' '.join(metrics)}:", end=" "
-    )
-    print("; ".join(wrong) or "ok")
+    found = f"{len(mine):2} of {task.parts:2} few-shot {shots} {' '.join(metrics)}"
+    print(f"  {name:15}{found}: {'; '.join(wrong) or 'ok'}")
     return not wrong
 
 
