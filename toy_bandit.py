@@ -550,11 +550,13 @@ def rivals(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
     rules = [final[name] for name in final if "theorem" in name or "plain" in name]
     value |= {"untuned": max(rules)}
     lines["bound"] = series([(rare(n, 8).repeat(seeds), n, 300) for n in ns], rng)["bound"]
-    near = {name: line for name, line in lines.items() if not name.endswith(" u")}
-    far = {name: line for name, line in lines.items() if name.endswith(" u")}
-    panels = panel("pairs (n), from mu", ns, near), panel("pairs (n), from uniform", ns, far)
+    shown = {name: line for name, line in lines.items() if "theorem" not in name}
+    far = {name: shown.pop(name) for name in list(shown) if name.endswith(" u")}
+    places = "reference, start: mu", "reference, start: uniform (u)"
+    panels = [panel(f"pairs (n); {at}", ns, part) for at, part in zip(places, (shown, far))]
+    means = panel("", ns, lines)["lines"]
     claims = judge("baselines_fail", value, seeds * len(ns))
-    return claims, {"settings": settings, "panels": panels}
+    return claims, {"settings": settings, "regrets": means, "panels": panels}
 
 
 def coverage(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
@@ -577,7 +579,7 @@ def coverage(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
         wins = sample_wins(world, 30_000, rng)
         eta = theorem(world, wins, rounds).eta
         frozen.append(world.regret(run_spac_t(world, wins, found["lam"][0], eta, rounds).mixture))
-    paid = {"lam by the theorem": found["mixture"], "lam frozen at C = 1/2": frozen}
+    paid = {"SPAC-T, lam set": found["mixture"], "lam frozen at C = 1/2": frozen}
     value = {"slope": slope(Cs, found["mixture"], rng)[0]}
     value |= {"frozen": (frozen[-1].mean() / found["mixture"][-1].mean()).item()}
     value |= {"error/start": found["mixture"][-1].mean().item() / found["start"][-1]}
@@ -604,8 +606,8 @@ def mechanism(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
         lines[label] = {"x": across.tolist(), "mean": up.tolist()}
     simplex = panel("", None, {}, "", "linear") | {"lines": lines, "corners": names}
     critics = critics - mean(world.mu, critics)
-    beliefs = {name: critics[:, a].tolist() for a, name in enumerate(names)}
-    belief = panel("round (t)", list(range(1, 301)), beliefs, "critic f_t, centred", "linear")
+    beliefs = {name: critics[:60, a].tolist() for a, name in enumerate(names)}
+    belief = panel("round (t)", list(range(1, 61)), beliefs, "critic f_t, centred", "linear")
     return {}, {"panels": [simplex, belief]}
 
 
@@ -636,13 +638,14 @@ def draw(path: Path, panels: list[dict]) -> None:
         if "corners" in spec:
             axis.set_axis_off()
             axis.plot([0, 1, 0.5, 0], [0, 0, 0.866, 0], color=THEORY, lw=0.8)
+            axis.plot(line["x"][0], line["mean"][0], "ko", label="start")
             for name, x, y in zip(spec["corners"], (0, 1, 0.5), (-0.06, -0.06, 0.89)):
                 axis.text(x, y, name, ha="center")
         axis.autoscale_view()
         below = -math.inf
         for label, (x, y, colour) in sorted(ends.items(), key=lambda item: item[1][1]):
             right, middle = axis.transData.transform((x, y))
-            below = max(middle, below + 14)
+            below = max(middle + 9 * ("corners" in spec), below + 14)  # above a path's end
             figure.text(right + 6, below, label, color=colour, va="center", transform=None)
     figure.savefig(path, dpi=100)
 

@@ -294,7 +294,7 @@ def check(model: str | None) -> bool:
     packages = ("lm_eval", "transformers", "datasets", "torch")
     print(", ".join(f"{package} {version(package)}" for package in packages))
     if version("lm_eval") != HARNESS:
-        print(f"README's command is for lm_eval {HARNESS}: {INSTALL}")
+        raise SystemExit(f"README's command is for lm_eval {HARNESS}: {INSTALL}")
     run = RUN if model else RUN.replace("--model hf", "--model dummy")
 
     print("\nThe group openllm, as the harness loads it:")

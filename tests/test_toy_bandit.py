@@ -947,6 +947,43 @@ def test_the_series_counts_violations_and_pessimism_run_by_run(rng, monkeypatch)
     assert found["gamma"] == [1] and spoilt["gamma"][0] == 0  # of the runs within reach, none
 
 
+def test_a_run_that_ends_in_no_number_counts_as_a_violation(rng, monkeypatch):
+    """nan is not within a bound; the same runs with numbers are."""
+    honest, worlds = bandit.run_spac_t, bandit.random_instances(3, rng).repeat(2)
+
+    def broken(*args, **kwargs):
+        run = honest(*args, **kwargs)
+        run.mixture[0, 1] = math.nan
+        return run
+
+    found = bandit.series([(worlds, 3000, 20)], np.random.default_rng(0))
+    monkeypatch.setattr(bandit, "run_spac_t", broken)
+    spoilt = bandit.series([(worlds, 3000, 20)], np.random.default_rng(0))
+    assert found["violations"] == [0] and spoilt["violations"] == [1]
+
+
+def test_dpos_failures_are_those_of_the_closed_forms():
+    """Eq. 32, 33: values over all beta in numpy, the chance by exact counts; -f for f is another."""
+    claims, data = bandit.dpo_failures(True, np.random.default_rng(4))
+    unseen = claims["dpo_unseen_response"]["value"]
+    q = np.array([0.001, 1 / (1 + math.exp(-10))])
+    assert [unseen["least"], unseen["largest"]] == pytest.approx((q * (2 + math.exp(-10))).tolist())
+    assert [row["n"] for row in data["rare"]] == [100, 10_000, 1_000_000]
+    for row, exact in zip(data["rare"], (0.2396, 0.2299, 0.2294)):
+        gap, n = 1 / (2 * math.log(row["n"] / 2)), row["n"]
+        mu = np.array([(n - 1) / (2 * n), (n - 1) / (2 * n), 1 / n])
+        right, wrong = np.array([0.5, 0.5 - gap, 0.0]), np.array([0.5, 0.5 - gap, 1.0])
+        beta = np.logspace(-3, 3, 601)[:, None]
+        policies = [special.softmax(np.log(mu) + f / beta, 1) for f in (right, wrong, -wrong)]
+        losses = [0.5 - pi @ right for pi in policies]
+        assert row["over_floor"] == pytest.approx(losses[1].min() * (1 + math.e) / gap, rel=1e-6)
+        assert row["over_floor"] != pytest.approx(losses[2].min() * (1 + math.e) / gap, rel=1e-2)
+        assert row["wrong"] == pytest.approx(exact, abs=5 * math.sqrt(0.18 / 1000))
+        mixed = (losses[0] * (1 - row["wrong"]) + losses[1] * row["wrong"]).min()
+        assert row["dpo"] == pytest.approx(mixed, rel=1e-6)
+        assert 0 < row["spac"] < row["dpo"]
+
+
 def test_slopes_and_bands_are_those_of_the_means(rng):
     """An exact power law gives its exponent; a band is 1.96 standard errors of the mean."""
     xs = [10, 100, 1000, 10_000]
