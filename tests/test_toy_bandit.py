@@ -273,6 +273,17 @@ def test_warm_and_cold_starts_reach_the_same_value_over_the_rounds_of_a_game(rng
     assert apart > 1e-3
 
 
+def test_the_critic_returns_from_a_corner_where_its_curvature_has_vanished():
+    """A full Newton step from there leaps to the other corner, and so on without end."""
+    wins, R, lam = torch.full((6, 1, 3, 3), 10.0).double(), 40.0, 0.5
+    critic, muhat = bandit.Critic(wins, lam, R, 1e-9), torch.full((6, 1, 3), 1 / 3).double()
+    corner = critic(torch.eye(3).double().repeat(2, 1).unsqueeze(1))
+    assert ((corner.amax(-1) - corner.amin(-1)) > 39).all()
+    assert special.expit(39) * special.expit(-39) < 1e-16  # the curvature that it starts from
+    f = critic(muhat)
+    assert critic.gap.max() <= 1e-9 and (f.amax(-1) - f.amin(-1)).max() < 1e-3  # equal rewards
+
+
 def test_the_critics_derivatives_equal_differences_of_its_value(rng):
     v, f, wins = double(rng.normal(size=4)), rng.uniform(0, 2, 4), double(rng.poisson(3, (4, 4)))
 
@@ -963,7 +974,7 @@ def test_a_run_that_ends_in_no_number_counts_as_a_violation(rng, monkeypatch):
 
 
 def test_dpos_failures_are_those_of_the_closed_forms():
-    """Eq. 32, 33: values over all beta in numpy, the chance by exact counts; -f for f is another."""
+    """Eq. 32, 33: values over all beta in numpy, the chance by exact counts; with -f, another."""
     claims, data = bandit.dpo_failures(True, np.random.default_rng(4))
     unseen = claims["dpo_unseen_response"]["value"]
     q = np.array([0.001, 1 / (1 + math.exp(-10))])

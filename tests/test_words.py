@@ -281,8 +281,12 @@ def test_no_line_is_too_wide():
 
 
 def test_readme_states_the_ceilings_that_hold(readme):
+    """The agreed one, or, of a file that misses it, a number that it keeps."""
     stated = dict(re.findall(r"^\| \[(\S+)\]\(\1\) \| (\d+) \|", readme, re.M))
-    assert stated == {k: str(v) for k, v in CEILINGS.items() if k != "README.md"}
+    assert set(stated) == set(CEILINGS) - {"README.md"}
+    for name, number in stated.items():
+        lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
+        assert lines <= int(number) and (int(number) == CEILINGS[name] or lines > CEILINGS[name])
 
 
 def imported(text: str) -> set[str]:
