@@ -561,8 +561,8 @@ def rivals(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
 
 def coverage(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
     """Against the number of rare responses at fixed C, and against C."""
-    seeds, rounds, Ks = (24, 150, [1, 2, 4, 8, 16]) if quick else (100, 600, [1, 2, 4, 8, 16, 32])
-    Cs = [0.5, 1, 2, 5, 10, 20, 50]
+    seeds, rounds, Ks = (24, 300, [1, 4, 16]) if quick else (100, 600, [1, 2, 4, 8, 16, 32])
+    Cs = [0.5, 5, 50] if quick else [0.5, 1, 2, 5, 10, 20, 50]
     names = ("SPAC plain", "DPO", "IPO", "RLHF greedy")
     lines, _ = contest([(rare(3000, K), 3000) for K in Ks], names, seeds, rng)
     found = series([(rare(3000, K).repeat(seeds), 3000, rounds) for K in Ks], rng)
