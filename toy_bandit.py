@@ -330,7 +330,7 @@ def series(points: list[tuple[Instance, int, int]], rng: np.random.Generator) ->
         bounds, classical, met = (
             b.where(reached, torch.nan).nanmean(0) for b in (bound, promise.classical, error)
         )
-        row = {"n": n, "T": rounds, "runs": reached.sum(), "violations": (error > bound).sum()}
+        row = {"n": n, "T": rounds, "runs": reached.sum(), "violations": (~(error <= bound)).sum()}
         row |= {"bound": bounds.mean(), "classical": classical.mean(), "start": start.mean()}
         row |= {"ratio": (bounds / met).median(), "classical_ratio": (classical / met).median()}
         row |= {"gamma": (gamma <= promise.statistics)[reached].double().mean()}
