@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import product
+from itertools import cycle, product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -625,7 +625,7 @@ def draw(path: Path, panels: list[dict]) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set(xlabel=spec["xlabel"], ylabel=spec["ylabel"])
         axis.set(xscale=spec["scale"], yscale=spec["scale"])
-        logs, palette, ends = spec["scale"] == "log", iter(COLOURS), {}
+        logs, palette, ends = spec["scale"] == "log", cycle(COLOURS), {}
         floor = 1e-5 if logs else -math.inf  # where a log axis shows zeros
         for label, line in spec["lines"].items():
             x, low, high = line.get("x", spec["x"]), line.get("low"), line.get("high")
