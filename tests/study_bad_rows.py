@@ -201,7 +201,10 @@ def faults(control: list[str]) -> list[tuple]:
     """(name, the fate expected, row and generator -> row or line)."""
     found = [("none", USED, lambda row, draw: row)]
     for side in SIDES:
-        without = lambda row, draw, side=side: {k: v for k, v in row.items() if k != side}  # noqa: E731
+
+        def without(row, draw, side=side):
+            return {k: v for k, v in row.items() if k != side}
+
         found += [(f"{side} missing", ABSENT[side], without)]
         for name, value in WRONG.items():
             fate = ROLES if (side, value) == ("prompt", []) else ABSENT[side]
