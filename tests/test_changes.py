@@ -1,0 +1,142 @@
+"""Each patch in tests/changes applies, is small, runs by the command in its header, and changes
+what it says: a control shows that the code as it stands does not do that."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+PATCHES = sorted((ROOT / "tests/changes").glob("*.patch"))
+SOURCES = ("spac.py", "toy_bandit.py", "train_mistral.py")
+MOST_LINES = 25
+pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="git applies the patches")
+
+
+def copy_of_the_code(folder: Path, patch: str | None = None) -> Path:
+    """The three sources in a folder of their own, changed by a patch of tests/changes."""
+    for name in SOURCES:
+        shutil.copy(ROOT / name, folder)
+    if patch:
+        file = ROOT / f"tests/changes/{patch}.patch"
+        subprocess.run(["git", "apply", file], cwd=folder, check=True)
+    return folder
+
+
+def run(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    settings = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *words]
+    return subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True)
+
+
+def command_of(patch: str) -> list[str]:
+    """The words behind "python" in the indented lines of a patch's header."""
+    header = (ROOT / f"tests/changes/{patch}.patch").read_text().partition("\ndiff --git")[0]
+    (block,) = re.findall(r"(?:^    .*\n?)+", header, re.M)
+    line = block.replace("\\\n", " ").strip()
+    quoted = re.fullmatch(r'python -c "(.*)"', line)
+    return ["-c", re.sub(r"\s+", " ", quoted[1])] if quoted else line.split()[1:]
+
+
+def output_of(folder: Path, words: list[str]) -> str:
+    done = run(folder, *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    """The code as it stands, after the run that the patches' commands also make."""
+    folder = copy_of_the_code(tmp_path_factory.mktemp("plain"))
+    output_of(folder, command_of("frozen_backbone"))
+    return folder
+
+
+def moved(folder: Path) -> set[str]:
+    """Weights in which round 1 differs from round 0."""
+    rounds = [load_file(folder / f"out/changed/round-{n}/model.safetensors") for n in range(2)]
+    return {name for name in rounds[0] if not rounds[0][name].equal(rounds[1][name])}
+
+
+def test_every_patch_has_a_test_below_and_few_lines():
+    tests = Path(__file__).read_text()
+    assert len(PATCHES) == 5
+    for path in PATCHES:
+        text = path.read_text()
+        changed = re.findall(r"^[+-](?!\+\+ |-- )", text, re.M)
+        assert 0 < len(changed) <= MOST_LINES, path.name
+        assert f'(tmp_path, "{path.stem}")' in tests, path.name
+        assert max(map(len, text.partition("\ndiff")[2].splitlines())) <= 101, path.name
+
+
+def test_spins_loss_reads_no_label(tmp_path, plain):
+    """log pi(y-) no longer changes the loss; the run reaches its end."""
+    probe = (
+        "import torch, spac; ask = lambda y: spac.spac_loss((torch.zeros(1), torch.tensor([y]), "
+        "torch.ones(1)), (torch.zeros(1),) * 3, 1.0, float('inf'))[0].item(); "
+        "print(ask(0.0) == ask(2.0), ask(0.0))"
+    )
+    changed = copy_of_the_code(tmp_path, "spin_loss")
+    answer, loss = output_of(changed, ["-c", probe]).split()
+    assert answer == "True" and abs(float(loss) - 1.3132617) < 1e-6  # log(1 + e)
+    assert output_of(plain, ["-c", probe]).split()[0] == "False"
+    assert "done: " in output_of(changed, command_of("spin_loss"))
+
+
+def test_another_world_rewards_another_answer(tmp_path, plain):
+    probe = (
+        "import train_mistral as t; w = t.CopyDigits(); "
+        "print(*(w.reward('210543=', y) for y in ('012345', '210543')))"
+    )
+    changed = copy_of_the_code(tmp_path, "sorting_world")
+    assert float(output_of(changed, ["-c", probe]).split()[0]) == 3.0
+    assert float(output_of(plain, ["-c", probe]).split()[1]) == 3.0
+    output_of(changed, command_of("sorting_world"))
+    pairs = (
+        "import train_mistral as t; w = t.CopyDigits(); keys = 'chosen', 'rejected'; "
+        "print(sum(w.reward(r['prompt'], r[k]) for r in w.pairs(500, 0) for k in keys) / 3000)"
+    )
+    for folder in (changed, plain):  # of the best: .6 + .4 / 10, s.d. .006
+        assert 0.6 < float(output_of(folder, ["-c", pairs])) < 0.68
+
+
+def test_a_critic_of_another_class_learns_as_well(tmp_path, plain):
+    """On three responses, whose rewards stand on its grid. The data policy's regret is .9."""
+    changed = copy_of_the_code(tmp_path, "level_critic")
+    words = command_of("level_critic")
+    regrets = [float(output_of(folder, words).split()[-1]) for folder in (changed, plain)]
+    assert max(regrets) < 0.01 and regrets[0] != regrets[1]
+
+
+def test_your_own_kind_of_row_is_read_or_counted(tmp_path, plain):
+    """Without the change all rows are dropped, and the run says so."""
+    changed = copy_of_the_code(tmp_path, "scored_answers")
+    rows = [
+        {"question": f"{i}+{i}=", "answers": ["1", str(2 * i), "0"], "scores": [1, 5, 0]}
+        for i in range(12)
+    ]
+    rows += [{"question": "1", "answers": ["2", "3"], "scores": [1, 1]}]
+    rows += [{"question": "1", "answers": "2", "scores": [1]}]
+    for folder in (changed, plain):
+        lines = "\n".join(map(json.dumps, rows))
+        (folder / "YOURS.jsonl").write_text(lines)
+    shutil.copytree(plain / "out", changed / "out", dirs_exist_ok=True)
+    words = command_of("scored_answers")
+    said = output_of(changed, words)
+    assert "1 dropped: no answer is better" in said and "1 dropped: answers or scores" in said
+    stopped = run(plain, *words)
+    assert stopped.returncode and "no pair is left" in stopped.stderr
+
+
+def test_a_frozen_backbone_moves_one_layer(tmp_path, plain):
+    changed = copy_of_the_code(tmp_path, "frozen_backbone")
+    output_of(changed, command_of("frozen_backbone"))
+    names = moved(changed)
+    assert names and all(name.startswith("model.layers.1.") for name in names)
+    assert len(moved(plain)) > len(names)
