@@ -186,6 +186,7 @@ class FiniteCritic:
     """
 
     def __init__(self, functions: Tensor, wins: Tensor, lam: float | Tensor):
+        _check_positive(lam=lam)
         self.functions, (self.prompts, self.muhat) = functions, data_policy(wins)
         fits = torch.stack([data_fit(f, wins) for f in functions], -1)
         self.penalty = torch.as_tensor(lam, dtype=fits.dtype).unsqueeze(-1) * fits  # (..., F)

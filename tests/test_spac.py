@@ -643,6 +643,8 @@ def test_the_finite_critics_penalty_is_lam_times_the_fit_in_full_precision(rng):
         penalty = spac.FiniteCritic(double(functions), wins, lam).penalty
         assert np.allclose(penalty, float(lam) * fits, rtol=1e-12, atol=0)
     assert not np.allclose(np.float32(0.1) * fits, 0.1 * fits, rtol=1e-12, atol=0)  # the control
+    with pytest.raises(ValueError, match="lam must be > 0"):
+        spac.FiniteCritic(double(functions), wins, -0.1)
 
 
 def test_a_single_run_needs_no_leading_axes(rng):

@@ -256,6 +256,8 @@ def test_the_critics_answer_minimises_specifically_the_objective_of_spac(rng):
     wrong_lam = bandit.Critic(wins, 3 * lam, 2.0)(pi)
     for spoilt in (flipped, wrong_lam):
         assert (spac.critic_objective(pi, spoilt, wins, lam) > least + 1e-4).any()
+    with pytest.raises(AssertionError, match="lam must be > 0"):
+        bandit.Critic(wins, 0 * lam, 2.0)
 
 
 def test_warm_and_cold_starts_reach_the_same_value_over_the_rounds_of_a_game(rng):
@@ -952,6 +954,14 @@ def test_the_series_counts_violations_and_pessimism_run_by_run(rng, monkeypatch)
     assert found["no_slack"][0] == pytest.approx((run.optimism.numpy() <= 1e-6).mean())
     assert torch.allclose(found["mixture"][0], error)
     assert torch.allclose(found["last"][0], worlds.regret(run.last))
+    best = bandit.greedy(worlds.reward)
+    truth = spac.critic_objective(best, worlds.reward, wins, promise.lam)
+    prompts, muhat = spac.data_policy(wins)
+    v, excess = (prompts.unsqueeze(-1) * (best - muhat)).numpy(), torch.zeros_like(truth)
+    for k in np.ndindex(*truth.shape):  # Gamma by scipy
+        least = scipy_least(v[k], wins[k].numpy(), promise.lam[k].item(), worlds.R)
+        excess[k] = (truth[k] - least) / promise.statistics[k]
+    assert excess.max() - 1e-9 <= found["gamma_ratio"][0] <= excess.max() + 1e-4
     honest = bandit.theorem
 
     def boastful(*args, **kwargs):
