@@ -7,6 +7,7 @@ test has a negative control: with one thing spoilt, the claim must fail.
 
 import itertools
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -1034,3 +1035,18 @@ def test_the_last_iterate_is_within_a_logarithm(rng):
         assert (climb - eta * 4 / 8 * (2 + math.log(rounds))).max() <= 1e-12
         without += (climb > 1e-6).sum().item()
     assert without > 5
+
+
+def test_the_code_answers_the_exercises():
+    """Each expression of the last section is evaluated; the answers are from paper and pencil."""
+    text = (Path(__file__).parents[1] / "theory.md").read_text(encoding="utf-8")
+    asked = re.findall(r"\| `([^`]+)` \|$", text.partition("## 14. Exercises")[2], re.M)
+    names = {"torch": torch, "spac": spac, "bandit": bandit}
+    steepness, coverage, pairs, rounds, loss = (eval(question, names) for question in asked)
+    assert steepness.tolist() == pytest.approx([divergence(0, 2) / 4, slope(2) / 4], abs=1e-6)
+    assert coverage.item() == pytest.approx(((1 - 0.5) ** 2 / 0.5 + 0.5) / 2)  # half chi-square
+    ratios = [four / one for one, four in zip(*pairs)]
+    assert ratios == pytest.approx([2, 1 / 2])
+    assert rounds == 1 + math.floor(math.log(99) / 0.2)  # 1 / (1 + e^(.2 (t - 1))) > .01
+    assert [t.item() for t in loss] == pytest.approx([math.log(2) * k for k in (1.2, 1, 1)])
+    assert rounds != 1 + math.floor(math.log(99) / 0.1)  # the control: half the step

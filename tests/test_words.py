@@ -566,3 +566,57 @@ def test_recorded_results_have_the_agreed_form():
             assert claim["holds"] or claim["kind"] == "goal", name
             if isinstance(claim["value"], dict):
                 assert set(claim["value"]) >= set(claim["limit"]), name
+
+
+# -------------------------------------------------------- figures
+
+
+def pixels(path: Path):
+    from matplotlib import image
+
+    return image.imread(path)  # (height, width, channels), 0 to 1
+
+
+def test_figures_are_drawn_from_the_record_beside_them(tmp_path, monkeypatch):
+    """Drawn again from the JSON they are the same; with one line moved they are not. Fonts and
+    rasteriser come with matplotlib, but a rounding elsewhere may tip a pixel."""
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    monkeypatch.syspath_prepend(ROOT)
+    import study_practical
+    import toy_bandit
+
+    def differs(one, other):
+        return one.shape != other.shape or (abs(one - other).max(-1) > 0.02).mean() > 1e-3
+
+    everything = {name: data for r in recorded().values() for name, data in r["data"].items()}
+    kept = {path.stem: pixels(path) for path in (ROOT / "results").glob("*.png")}
+    again = tmp_path / "again.png"
+    for name, there in kept.items():
+        if name == "ablation":
+            study_practical.draw_ablation(again, everything[name]["table"])
+        else:
+            toy_bandit.draw(again, everything[name]["panels"])
+        assert not differs(pixels(again), there), name
+    panels = everything["rates"]["panels"]
+    line = next(iter(panels[0]["lines"].values()))
+    line["mean"] = [2 * value for value in line["mean"]]
+    toy_bandit.draw(again, panels)
+    assert differs(pixels(again), kept["rates"]) and len(kept) >= 8
+
+
+def test_figures_can_be_read_on_a_light_and_on_a_dark_page():
+    """They bring their own white ground: on a transparent one black letters would vanish."""
+    for path in (ROOT / "results").rglob("*.png"):
+        picture = pixels(path)
+        assert picture.shape[-1] == 3 or picture[..., 3].min() == 1.0, path.name
+        assert (picture[[0, 0, -1, -1], [0, -1, 0, -1], :3] == 1.0).all(), path.name
+
+
+def pictures(text: str) -> list[tuple[str, str]]:
+    return re.findall(r"!\[(.*?)\]\((\S+?)\)", text, re.S)
+
+
+def test_every_picture_has_words_for_those_who_cannot_see_it(readme):
+    shown = pictures(readme) + pictures(THEORY)
+    assert len(shown) >= 8 and not [name for words, name in shown if len(words.split()) < 4]
+    assert pictures("![](a.png) ![b](c.png)") == [("", "a.png"), ("b", "c.png")]
