@@ -583,6 +583,7 @@ def test_figures_are_drawn_from_the_record_beside_them(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tests")
     monkeypatch.syspath_prepend(ROOT)
     import study_practical
+
     import toy_bandit
 
     def differs(one, other):
