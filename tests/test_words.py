@@ -527,6 +527,21 @@ def test_readmes_claims_are_the_codes_with_their_kinds(readme):
     assert stated == kinds and len(kinds) >= 10
 
 
+def test_every_claim_is_backed_by_a_test_that_exists(readme):
+    """The words for pytest -k occur in the name of a test; the planted ones in none."""
+    names = set()
+    for path in (ROOT / "tests").glob("test_*.py"):
+        names |= set(re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.M))
+
+    def unbacked(rows):
+        words = {claim: re.fullmatch(r"`(\w+)`", cells[2]) for claim, cells in rows.items()}
+        return [c for c, w in words.items() if not w or not any(w[1] in name for name in names)]
+
+    assert not unbacked(claim_rows(readme))
+    planted = {"a": ["goal", "Eq. 1", "`hedge_regret`"], "b": ["goal", "Eq. 1", "`no_such_test`"]}
+    assert unbacked(planted | {"c": ["goal", "Eq. 1", ""]}) == ["b", "c"]
+
+
 def unconfessed(rows: dict[str, list[str]], results: dict[str, dict]) -> list[str]:
     """Claims that a record does not bear out, where the table does not say "missed"; and those
     that are said to be missed and are not."""
