@@ -491,8 +491,7 @@ class Run:
             about["model_commit"] = getattr(self.scorer.lm.config, "_commit_hash", None)
             record = json.dumps(about | {"run": self.state["run"]}, indent=1)
             (self.out / "run.json").write_text(record)
-            for name, lines in self.state["logs"].items():
-                # What was logged after the saved state comes again.
+            for name, lines in self.state["logs"].items():  # lines of later steps come again
                 (self.out / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
         return saved.get("optimizer")
 
@@ -775,9 +774,9 @@ def main(config: Config) -> None:
     device, out = start_processes(), Path(config.out)
     signal.signal(signal.SIGTERM, lambda number, _: leaving.append(number))
     transformers.utils.logging.disable_progress_bar()
-    say(f"preset {config.preset} (mistral-7b takes a real model and your pairs), in {out}")
+    say(f"preset {config.preset} (tiny: a world of ours, mistral-7b: your model, pairs), in {out}")
     free = config.dry_run or dist.get_rank() > 0 or lock(out / "lock")
-    require(all(gather(free)), f"{out} is in use by another run: wait for its end, or stop it")
+    require(all(gather(free)), f"{out} is in use by another run: let it end, or use a new --out")
 
     # Where self-play starts, and what it learns from.
     lm, tokenizer = load_model(config)
