@@ -19,6 +19,7 @@ holds bf16 weights besides, 14.5 GB; activations of 8k tokens, recomputed by lay
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import io
 import json
@@ -28,7 +29,6 @@ import random
 import resource
 import shutil
 import signal
-import threading
 import time
 from array import array
 from collections import Counter
@@ -45,6 +45,7 @@ import tokenizers
 import torch
 import torch.distributed as dist
 import transformers
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -62,7 +63,7 @@ PAIRS = "HuggingFaceH4/ultrafeedback_binarized"
 TOLERANCE = {"cpu": 1e-4, "cuda": 0.05}  # of log pi in fp32, bf16: nats per root of its tokens
 DAMAGED = "is damaged or missing. Go on from the last round in a new folder: --model OUT/round-N"
 LEFT = "asked to stop: what is done is saved, the same command goes on from here"
-leaving = threading.Event()  # set by SIGTERM
+leaving = []  # signals that asked to stop
 
 
 def require(condition, problem: str, error=SystemExit):
@@ -72,9 +73,9 @@ def require(condition, problem: str, error=SystemExit):
 
 
 # -------------------------------------------------------- configuration
-def option(tiny, mistral_7b, help: str, choices=None):
-    presets = {"tiny": tiny, "mistral-7b": mistral_7b}
-    return dataclasses.field(default=tiny, metadata=dict(presets, help=help, choices=choices))
+def option(tiny, mistral_7b, help: str, choices=None, above=0):
+    about = {"tiny": tiny, "mistral-7b": mistral_7b, "help": help}
+    return dataclasses.field(default=tiny, metadata=dict(about, choices=choices, above=above))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,27 +87,27 @@ class Config:
     model: str = option("", SFT_MODEL, "where self-play starts: folder, or hub NAME[@REVISION]")
     data: str = option("", PAIRS, "pairs: .jsonl, .parquet, or hub NAME[@REVISION]")
     split: str = option("", "train_prefs", "split of hub data")
-    rows: int = option(1000, 0, "train on the first ROWS usable rows; 0 is all")
-    heldout: int = option(500, 500, "rows split off for held-out accuracy and each round's samples")
+    rows: int = option(1000, 0, "train on the first ROWS usable rows; 0 is all", above=-1)
+    heldout: int = option(500, 500, "rows held out: accuracy and each round's samples", above=-1)
     heldout_data: str = option("", "", "such rows from another file instead")
-    max_prompt: int = option(8, 512, "tokens of a prompt; a longer one loses its beginning")
+    max_prompt: int = option(8, 512, "tokens of a prompt; a longer one loses its start", above=1)
     max_response: int = option(8, 512, "tokens of a response, y' too; a longer one is cut")
     rounds: int = option(5, 3, "rounds of self-play")
     epochs: int = option(2, 1, "passes over the pairs in a round")
-    sft_epochs: int = option(10, 0, "passes of supervised training on both responses, as round 0")
+    sft_epochs: int = option(10, 0, "supervised passes over both responses, as round 0", above=-1)
     sft_lr: float = option(3e-3, 1e-5, "learning rate of those")
     beta: float = option(0.3, 0.1, "1 / eta: reward per nat of log-ratio to pi_t")
     lam: float = option(5.0, 10.0, "weight of the data against the critic's doubt; inf: no critic")
     critic: str = option("smoothed", "smoothed", "the doubt: Eq. 30 or Eq. 29", list(CRITICS))
     optimizer: str = option("adamw", "adamw", "adafactor: lr is per weight RMS", list(OPTIMIZERS))
     lr: float = option(3e-4, 5e-7, "peak of warm-up and cosine, anew each round")
-    warmup: float = option(0.1, 0.1, "share of a round's steps that warm up")
+    warmup: float = option(0.1, 0.1, "share of a round's steps that warm up", above=-1)
     clip: float = option(1.0, 1.0, "largest gradient norm")
     batch: int = option(64, 128, "pairs a step, over all processes")
     micro_batch: int = option(64, 4, "pairs a forward pass of a process: memory, not the loss")
     generate_batch: int = option(250, 64, "prompts sampled together; each batch has its seed")
     checkpoint_every: int = option(50, 50, "steps between saved states")
-    seed: int = option(0, 0, "of everything random")
+    seed: int = option(0, 0, "of everything random", above=-1)
     dry_run: bool = option(False, False, "print the plan and touch nothing")
 
 
@@ -124,11 +125,9 @@ def parse(argv: list[str] | None = None) -> Config:
     config = Config(**{name: about[preset] for name, about in fields.items()} | given)
     if preset == "tiny" and (config.model or config.data):
         parser.error("tiny makes its own model and data: add --preset mistral-7b to use yours")
-    least = dict(max_prompt=2, rows=0, heldout=0, sft_epochs=0, seed=0, warmup=0.0)
     for name, value in vars(config).items():
-        bound = least.get(name, 1 if type(value) is int else 1e-12)
-        if type(value) in (int, float) and not value >= bound:
-            parser.error(f"--{name} must be at least {bound}")
+        if type(value) in (int, float) and not value > fields[name]["above"]:
+            parser.error(f"--{name} must be above {fields[name]['above']}")
     return config
 
 
@@ -162,11 +161,10 @@ class CopyDigits:
         ids = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *self.characters])}
         backend = tokenizers.Tokenizer(tokenizers.models.BPE(ids, merges=[]))  # a character a token
         backend.decoder = tokenizers.decoders.Fuse()
-        special = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
-        tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}"
-        tokenizer.chat_template += "{{ '=' if m.role == 'user' else eos_token }}{% endfor %}"
-        return tokenizer
+        template = "{{ bos_token }}{% for m in messages %}{{ m.content }}"
+        template += "{{ '=' if m.role == 'user' else eos_token }}{% endfor %}"
+        special = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=template)
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
     def model(self, seed: int):
         shape = transformers.MistralConfig(
@@ -202,8 +200,7 @@ def pinned(source: str) -> tuple[str, str]:  # a name and its revision
 
 
 def conversations(row) -> list[list[dict]]:
-    """A pair in any of the three forms, or a line of JSON -> two conversations, ending in the
-    chosen and the rejected answer."""
+    """A pair in any form, or a line of JSON -> two conversations, up to chosen and to rejected."""
     with contextlib.suppress(ValueError, RecursionError):  # then it stays what it is: no dict
         row = json.loads(row) if isinstance(row, bytes) else row
     require(isinstance(row, dict), "not a JSON object", ValueError)
@@ -233,8 +230,7 @@ def encode(row, number: int, tokenizer, stops: set[int], config: Config) -> Row:
     response, up to its end token, which is lost if it is cut. A "</s>" typed by a person stays
     text: only the template writes control tokens."""
     both, responses, bos = conversations(row), [], [tokenizer.bos_token_id]
-    options = dict(return_dict=False, sanitize_control_tokens=True)
-    render = partial(tokenizer.apply_chat_template, **options)
+    render = partial(tokenizer.apply_chat_template, return_dict=False, sanitize_control_tokens=True)
     prompt = render(both[0][:-1], add_generation_prompt=True)
     for whole in map(render, both):
         require(whole[: len(prompt)] == prompt, "the template rewrites its own prompt", ValueError)
@@ -327,6 +323,26 @@ class Scorer(nn.Module):
     def head(self, states: Tensor, labels: Tensor) -> Tensor:  # logits live only in here
         return spac.token_logps(self.lm.get_output_embeddings()(states), labels)
 
+    @contextlib.contextmanager
+    def gathered(self):
+        """Whole weights on every rank and no gradient: ranks sample and score without waiting for
+        one another. FSDP2 wants a forward before the first time: check_model's."""
+        units = [module for module in self.modules() if isinstance(module, FSDPModule)]
+        for unit in units:
+            unit.set_reshard_after_forward(False)
+            unit.unshard()
+        with torch.no_grad():
+            yield
+        for unit in units:
+            unit.set_reshard_after_forward(True)
+            unit.reshard()
+
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for weight in self.parameters():
+            digest.update(local(weight.detach()).cpu().view(-1).view(torch.uint8).numpy())
+        return hashlib.sha256("".join(gather(digest.hexdigest())).encode()).hexdigest()
+
 
 def lay_out(items: list[tuple], sharing: bool) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     """Rows of (id, segment, position) (R, T, 3), segment 0 the prompt, k the k-th response, -1 the
@@ -352,8 +368,7 @@ def hide(segments: Tensor) -> Tensor:
     prompt and in its own response. Floats, as eager attention would add a bool as 0 or 1."""
     query, key = segments.unsqueeze(2), segments.unsqueeze(1)
     seen = ((key == 0) | (key == query)).tril().unsqueeze(1)
-    lowest = torch.finfo(torch.bfloat16).min  # a finite number in every precision
-    return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, lowest)
+    return ~seen * torch.finfo(torch.bfloat16).min  # a finite number in every precision
 
 
 def load_model(config: Config):
@@ -362,6 +377,7 @@ def load_model(config: Config):
         return CopyDigits().model(config.seed), CopyDigits().tokenizer()
     name, revision = pinned(config.model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
+    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
     shape = transformers.AutoConfig.from_pretrained(name, revision=revision)
     for key in vars(shape):
         if key.endswith(("dropout", "pdrop")):  # pi and pi_t must be one function
@@ -384,34 +400,40 @@ def shard(scorer: Scorer, device: torch.device) -> None:
             fully_shard(unit, reshard_after_forward=True, **mixed if gpu else {})
 
 
-@contextlib.contextmanager
-def gathered(scorer: Scorer):
-    """Whole weights on every rank and no gradient: ranks sample and score without waiting for one
-    another. FSDP2 wants a forward of the root before the first time: check_model's."""
-    units = [module for module in scorer.modules() if isinstance(module, FSDPModule)]
-    for unit in units:
-        unit.set_reshard_after_forward(False)
-        unit.unshard()
-    with torch.no_grad():
-        yield
-    for unit in units:
-        unit.set_reshard_after_forward(True)
-        unit.reshard()
-
-
 def local(tensor: Tensor) -> Tensor:  # this rank's part of it, the same memory
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def hash_of_model(scorer: Scorer) -> str:
-    digest = hashlib.sha256()
-    for name, weight in scorer.named_parameters():
-        bits = local(weight.detach()).cpu().view(-1).view(torch.uint8)
-        digest.update(name.encode() + bits.numpy().tobytes())
-    return hashlib.sha256("".join(gather(digest.hexdigest())).encode()).hexdigest()
-
-
 # -------------------------------------------------------- a run, and files that survive a kill
+def seal(path: Path, content, key: str = "") -> None:
+    """Writes a file behind its sha256 and what it belongs to. A kill leaves the old or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, buffer = path.with_name(path.name + ".tmp"), io.BytesIO()
+    torch.save(content, buffer)
+    with open(temporary, "wb") as file:
+        digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
+        file.writelines([f"{digest} {key}\n".encode(), buffer.getbuffer()])
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def unseal(path: Path, key: str = ""):
+    """What was sealed and belongs to the key; None where the file is damaged or missing."""
+    head, _, content = path.read_bytes().partition(b"\n") if path.exists() else (b"", b"", b"")
+    if head == f"{hashlib.sha256(content).hexdigest()} {key}".encode():
+        return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+
+
+def lock(path: Path) -> bool:
+    """Whether no other run holds it; then this one does, for as long as the process lives."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(BlockingIOError):
+        fcntl.lockf(os.open(path, os.O_CREAT | os.O_WRONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
 @dataclasses.dataclass
 class Run:
     config: Config
@@ -424,113 +446,89 @@ class Run:
     state: dict  # where the run stands; all of it is saved
     since: float = dataclasses.field(default_factory=time.perf_counter)  # charge() was last called
 
+    def log(self, name: str, line: dict) -> None:
+        self.state["logs"][name].append(line)
+        if dist.get_rank() == 0:
+            with open(self.out / name, "a") as file:
+                file.write(json.dumps(line) + "\n")
 
-def seal(path: Path, content: bytes) -> None:
-    """Writes a file behind its sha256. A kill leaves the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.writelines([hashlib.sha256(content).hexdigest().encode(), b"\n", content])
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    def charge(self, phase: str) -> None:
+        """Adds the time since the last call to a phase's seconds, and notes its peak memory."""
+        seconds, peaks, before = self.state["seconds"], self.state["peak_bytes"], self.since
+        self.since = time.perf_counter()
+        seconds[phase] = seconds.get(phase, 0.0) + self.since - before
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peaks[phase] = max(peaks.get(phase, 0), torch.cuda.max_memory_allocated() or host)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
 
+    def open_folder(self, need: int) -> dict | None:
+        """Begins in a new folder. In this run's own, sets weights, state and logs to where it stood
+        and returns the optimizer's state. Refuses another run's."""
+        page, rows, saved = self.out / "state" / "page", hashlib.sha256(), {}
+        for row in self.rows + self.heldout:
+            rows.update(repr(row).encode())
+        mine = {k: v for k, v in vars(self.config).items() if k not in ("out", "dry_run")}
+        mine |= {"processes": dist.get_world_size(), "data_sha256": rows.hexdigest()}
+        self.state["run"] = mine | {"model_sha256": self.state["pi_t"]}
+        if page.exists() or (self.out / "log.jsonl").exists():
+            held = require(unseal(page), f"{page} {DAMAGED}")
+            pairs = [(k, held["run"].get(k), v) for k, v in self.state["run"].items()]
+            changed = "; ".join(f"{k} was {a}, is {b}" for k, a, b in pairs if a != b)
+            require(not changed, f"{self.out} holds another run ({changed}): use a new --out")
+            self.state |= held
+        if self.state["saves"]:
+            part = page.with_name(f"{self.state['saves']}-{dist.get_rank()}")
+            saved = require(unseal(part), f"{part} {DAMAGED}")
+            self.scorer.load_state_dict(saved["model"])
+        gather()  # all have looked before one writes
+        if dist.get_rank() == 0:
+            seal(page, self.state)
+            free = math.inf if self.state["saves"] else shutil.disk_usage(self.out).free
+            lack = f"{self.out} has {free / 1e9:.3f} GB free and needs {need / 1e9:.3f}"
+            require(free > need, lack)
+            about = {m.__name__: m.__version__ for m in (torch, transformers, datasets)}
+            about["model_commit"] = getattr(self.scorer.lm.config, "_commit_hash", None)
+            record = json.dumps(about | {"run": self.state["run"]}, indent=1)
+            (self.out / "run.json").write_text(record)
+            for name, lines in self.state["logs"].items():  # lines of later steps come again
+                (self.out / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return saved.get("optimizer")
 
-def unseal(path: Path) -> bytes | None:
-    """What was sealed; None where the file is damaged or missing."""
-    digest, _, content = path.read_bytes().partition(b"\n") if path.exists() else (b"", b"", b"")
-    return content if hashlib.sha256(content).hexdigest().encode() == digest else None
-
-
-def log(run: Run, name: str, line: dict) -> None:
-    run.state["logs"][name].append(line)
-    if dist.get_rank() == 0:
-        with open(run.out / name, "a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def charge(run: Run, phase: str) -> None:
-    """Adds the time since the last call to a phase's seconds, and notes its peak memory."""
-    seconds, peaks, before = run.state["seconds"], run.state["peak_bytes"], run.since
-    run.since = time.perf_counter()
-    seconds[phase] = seconds.get(phase, 0.0) + run.since - before
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peaks[phase] = max(peaks.get(phase, 0), torch.cuda.max_memory_allocated() or host)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def save_state(run: Run, optimizer=None) -> None:
-    """Each rank writes its part, rank 0 then the page that makes them count; the old ones go."""
-    folder, number, buffer = run.out / "state", run.state["saves"] + 1, io.BytesIO()
-    optimizer = optimizer and optimizer.state_dict()
-    torch.save({"model": run.scorer.state_dict(), "optimizer": optimizer}, buffer)
-    seal(folder / f"{number}-{dist.get_rank()}", buffer.getbuffer())
-    run.state["saves"] = number
-    charge(run, "save")
-    gather()
-    if dist.get_rank() == 0:
-        seal(folder / "page", json.dumps(run.state).encode())
-        for old in folder.glob("*-*"):
-            if not old.name.startswith(f"{number}-"):
+    def save_state(self, optimizer=None) -> None:
+        """Each rank writes its part, rank 0 then the page that makes them count; old ones go."""
+        folder, number = self.out / "state", self.state["saves"] + 1
+        part = {"model": self.scorer.state_dict()}
+        part["optimizer"] = optimizer and optimizer.state_dict()
+        seal(folder / f"{number}-{dist.get_rank()}", part)
+        self.state["saves"] = number
+        self.charge("save")
+        gather()
+        if dist.get_rank() == 0:
+            seal(folder / "page", self.state)
+            for old in {*folder.glob("*-*")} - {*folder.glob(f"{number}-*")}:
                 old.unlink()
 
-
-def open_folder(run: Run, dropped: list[dict], need: int) -> dict | None:
-    """Begins in a new folder. In this run's own, sets weights, run.state and logs to where it stood
-    and returns the optimizer's state. Refuses another run's."""
-    page, saved, rows = run.out / "state" / "page", {}, hashlib.sha256()
-    for row in run.rows + run.heldout:
-        rows.update(repr(row).encode())
-    mine = {k: v for k, v in vars(run.config).items() if k not in ("out", "dry_run")}
-    mine |= {"processes": dist.get_world_size(), "data_sha256": rows.hexdigest()}
-    run.state["run"] = mine | {"model_sha256": run.state["pi_t"]}
-    if page.exists() or (run.out / "log.jsonl").exists():
-        held = json.loads(require(unseal(page), f"{page} {DAMAGED}"))
-        pairs = [(k, held["run"].get(k), v) for k, v in run.state["run"].items()]
-        changed = "; ".join(f"{k} was {a}, is {b}" for k, a, b in pairs if a != b)
-        require(not changed, f"{run.out} holds another run ({changed}): use a new --out")
-        run.state |= held
-    if run.state["saves"]:
-        part = page.with_name(f"{run.state['saves']}-{dist.get_rank()}")
-        content = io.BytesIO(require(unseal(part), f"{part} {DAMAGED}"))
-        saved = torch.load(content, weights_only=True, map_location="cpu")
-        run.scorer.load_state_dict(saved["model"])
-    gather()  # all have looked before one writes
-    if dist.get_rank() == 0:
-        seal(page, json.dumps(run.state).encode())
-        free = shutil.disk_usage(run.out).free
-        room = run.state["saves"] or free > need
-        require(room, f"{run.out} has {free / 1e9:.3f} GB free and needs {need / 1e9:.3f}")
-        about = {m.__name__: m.__version__ for m in (torch, transformers, datasets)}
-        about["model_commit"] = getattr(run.scorer.lm.config, "_commit_hash", None)
-        (run.out / "run.json").write_text(json.dumps(about | {"run": run.state["run"]}, indent=1))
-        for name, lines in [*run.state["logs"].items(), ("dropped.jsonl", dropped)]:
-            # What was logged after the saved state comes again.
-            (run.out / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return saved.get("optimizer")
-
-
-def save_round(run: Run) -> None:
-    """OUT/round-N, a Hugging Face folder, in the precision that computed: bf16 on GPUs."""
-    whole, lm = StateDictOptions(full_state_dict=True, cpu_offload=True), run.scorer.lm
-    weights = get_model_state_dict(lm, options=whole)  # empty but on rank 0
-    if dist.get_rank() == 0:
-        with torch.device("meta"):
-            served = AutoModelForCausalLM.from_config(lm.config)
-        served.load_state_dict(weights, assign=True)
-        served.tie_weights()
-        served.to(torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-        served.generation_config = lm.generation_config
-        folder, temporary = (run.out / f"round-{run.state['round']}{end}" for end in ("", ".tmp"))
-        shutil.rmtree(temporary, ignore_errors=True)
-        served.save_pretrained(temporary)
-        run.tokenizer.save_pretrained(temporary)
-        shutil.copy(run.out / "run.json", temporary)
-        os.sync()
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    charge(run, "save")
+    def save_round(self) -> None:
+        """OUT/round-N, a Hugging Face folder, in the precision that computed: bf16 on GPUs."""
+        whole, lm = StateDictOptions(full_state_dict=True, cpu_offload=True), self.scorer.lm
+        weights = get_model_state_dict(lm, options=whole)  # empty but on rank 0
+        if dist.get_rank() == 0:
+            dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+            served = type(lm).from_pretrained(
+                None, config=lm.config, state_dict=weights, dtype=dtype
+            )
+            served.generation_config = lm.generation_config
+            folder = self.out / f"round-{self.state['round']}"
+            temporary = folder.with_name(folder.name + ".tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            served.save_pretrained(temporary)
+            self.tokenizer.save_pretrained(temporary)
+            shutil.copy(self.out / "run.json", temporary)
+            os.sync()
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+        self.charge("save")
 
 
 # -------------------------------------------------------- self-play: y' ~ pi_t, and log pi_t
@@ -541,16 +539,17 @@ def check_model(run: Run) -> None:
     window = getattr(scorer.lm.config, "sliding_window", None) or math.inf  # our mask overrules it
     fits = run.config.max_prompt + run.config.max_response <= window
     fits = fits and scorer.lm.config._attn_implementation in ("sdpa", "eager")  # they take a mask
-    ours, limit = {}, TOLERANCE[scorer.lm.device.type] * len(row.chosen) ** 0.5
-    for scorer.sharing in (False, fits):
-        ours[scorer.sharing] = scorer([(row.prompt, [row.rejected, row.chosen])])[0, 1]
-    with gathered(scorer):
+    ours, limit = scorer([(row.prompt, [row.chosen])]), TOLERANCE[scorer.lm.device.type]
+    limit *= len(row.chosen) ** 0.5
+    with scorer.gathered():
         ids = torch.tensor([[*row.prompt, *row.chosen]], device=scorer.lm.device)
         logits = scorer.lm(ids).logits[:, len(row.prompt) - 1 : -1]
     own = spac.token_logps(logits, ids[:, len(row.prompt) :]).sum()
-    require(abs(ours[False] - own) <= limit, f"log pi {ours} is {own} by the model's own logits: "
+    require(abs(ours - own) <= limit, f"log pi {ours.item()} is {own} by the model's own logits: "
             "its head is more than a matrix, which Scorer.head must learn first")  # fmt: skip
-    scorer.sharing = bool(abs(ours[fits] - own) <= limit) and fits
+    scorer.sharing = fits
+    beside = scorer([(row.prompt, [row.rejected, row.chosen])])[0, 1]
+    scorer.sharing = fits and bool(abs(beside - own) <= limit)
     say("responses to a prompt " + ("share one row" if scorer.sharing else "take a row each"))
 
 
@@ -576,35 +575,29 @@ def sample(run: Run, prompts: list[array], seed: int) -> list[list[int]]:
 
 def play(run: Run, rows: list[Row], name: str) -> list[Row]:
     """The rows with y' and its scores. Batches are fixed and then dealt to the ranks; each has its
-    seed, so that the number of ranks changes no y', and its file, made once, with pi_t's hash."""
-    size, alike = run.config.generate_batch, sorted(rows, key=lambda r: (len(r.prompt), r.number))
+    seed, so that the number of ranks changes no y', and its file, made once and good for pi_t."""
+    size, pi_t, micro = run.config.generate_batch, run.state["pi_t"], run.config.micro_batch
+    alike = sorted(rows, key=lambda row: (len(row.prompt), row.number))
     batches = [alike[i : i + size] for i in range(0, len(alike), size)]
     paths = [run.out / "play" / name / f"{i:06d}" for i in range(len(batches))]
-
-    def read(path: Path) -> dict | None:
-        page = json.loads(unseal(path) or "{}")
-        return page["rows"] if page.get("pi_t") == run.state["pi_t"] else None
-
-    with gathered(run.scorer):
+    with run.scorer.gathered():
         mine = range(dist.get_rank(), len(batches), dist.get_world_size())
         for i in tqdm(mine, f"playing {name}", disable=dist.get_rank() > 0 or None):
-            if read(paths[i]):
+            if unseal(paths[i], pi_t):
                 continue
             require(run.state["step"] == 0, f"{paths[i]} {DAMAGED}")  # and pi_t is no more
-            require(not leaving.is_set(), LEFT)
-            prompts, logps = [row.prompt for row in batches[i]], []
-            answers = sample(run, prompts, seed_of(run.config.seed, name, i))
-            charge(run, "generate")
+            require(not leaving, LEFT)
+            answers = sample(run, [r.prompt for r in batches[i]], seed_of(run.config.seed, name, i))
+            run.charge("generate")
             items = [(r.prompt, [r.chosen, r.rejected, y]) for r, y in zip(batches[i], answers)]
-            for j in range(0, len(items), run.config.micro_batch):
-                logps += run.scorer(items[j : j + run.config.micro_batch]).tolist()
-            charge(run, "score")
-            played = {r.number: told for r, *told in zip(batches[i], answers, logps)}
-            seal(paths[i], json.dumps({"pi_t": run.state["pi_t"], "rows": played}).encode())
+            logps = [run.scorer(items[j : j + micro]) for j in range(0, len(items), micro)]
+            answered = zip(batches[i], answers, torch.cat(logps).tolist())
+            seal(paths[i], {row.number: told for row, *told in answered}, pi_t)
+            run.charge("score")
     gather()
-    charge(run, "wait")  # for the other ranks
-    told = {number: both for path in paths for number, both in read(path).items()}
-    return [Row(*row[:4], *told[str(row.number)]) for row in rows]
+    run.charge("wait")  # for the other ranks
+    told = {number: both for path in paths for number, both in unseal(path, pi_t).items()}
+    return [Row(*row[:4], *told[row.number]) for row in rows]
 
 
 # -------------------------------------------------------- training
@@ -685,17 +678,17 @@ def train(run: Run, rows: list[Row], saved: dict | None) -> None:
             shard.grad = local(weight.grad)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
-        charge(run, "train")
+        run.charge("train")
         means = {name: fmean(pair[name] for pair in values) for name in names}
         event = dict(event="step" if state["round"] else "sft", round=state["round"], step=step)
-        log(run, "log.jsonl", event | means | {"grad_norm": norm, "lr": rate})
+        run.log("log.jsonl", event | means | {"grad_norm": norm, "lr": rate})
         numbers = "".join(f"{mean:11.3f}" for mean in means.values())
         say(f"{state['round']:5} {step:5} {rate:.1e} {norm:7.3f} {numbers}")
         largest = max(pair.get("largest", 0.0) for pair in values)
         state |= {"step": step + 1, "largest": max(state["largest"], largest)}
-        leave, last = any(gather(leaving.is_set())), step + 1 == len(batches)
+        leave, last = any(gather(leaving)), step + 1 == len(batches)
         if leave or last or (step + 1) % config.checkpoint_every == 0:
-            save_state(run, None if last else optimizer)
+            run.save_state(None if last else optimizer)
         require(not leave, LEFT)
 
 
@@ -703,9 +696,9 @@ def check_step(run: Run, values: list[dict], norm: float) -> None:
     """Loss and gradient are finite; and at step 0, pi = pi_t was scored as play() scored it."""
     where = f"round {run.state['round']} step {run.state['step']}"
     bad = [pair["row"] for pair in values if not math.isfinite(pair["loss"])]
-    if bad or not math.isfinite(norm):
-        rows = sorted(bad or [pair["row"] for pair in values])
-        raise SystemExit(f"{where}: not finite at rows {rows}. The last saved state stays")
+    rows = sorted(bad or [pair["row"] for pair in values])
+    finite = not bad and math.isfinite(norm)
+    require(finite, f"{where}: not finite at rows {rows}. The last saved state stays")
     if run.state["round"] and run.state["step"] == 0:
         gap, limit = max(pair["gap"] for pair in values), TOLERANCE[run.scorer.lm.device.type]
         say(f"pi is pi_t to {gap:.1e} nats per root token, at most {limit}")
@@ -715,62 +708,62 @@ def check_step(run: Run, values: list[dict], norm: float) -> None:
 # -------------------------------------------------------- what a person sees
 def evaluate(run: Run) -> None:
     """Answers the held-out prompts, else some of training, and logs what came as one round."""
-    world, number = CopyDigits() if run.config.preset == "tiny" else None, run.state["round"]
-    rows, told = run.heldout or run.rows[: run.config.generate_batch], []
+    world, number, told = CopyDigits(), run.state["round"], []
+    rows = run.heldout or run.rows[: run.config.generate_batch]
     for row in play(run, rows, f"heldout-{number}"):
         y, (chosen, rejected, _) = row.generated, row.logps
+        finished = y[-1] in run.stops
         prompt = run.tokenizer.decode(row.prompt, skip_special_tokens=True)
-        response = run.tokenizer.decode(y[:-1] if y[-1] in run.stops else y)
-        told.append({"length": len(y), "finished": y[-1] in run.stops})
+        response = run.tokenizer.decode(y[: len(y) - finished])
+        fact = {"length": len(y), "finished": finished}
         if run.heldout:  # a tie is half
-            told[-1]["heldout_accuracy"] = ((chosen > rejected) + (chosen >= rejected)) / 2
-        if world:
-            told[-1]["reward"] = world.reward(prompt, response) / world.best
-            told[-1]["outside"] = world.outside(response)
+            fact["heldout_accuracy"] = ((chosen > rejected) + (chosen >= rejected)) / 2
+        if run.config.preset == "tiny":
+            fact["reward"] = world.reward(prompt, response) / world.best
+            fact["outside"] = world.outside(response)
+        told.append(fact)
         if len(told) <= 4:
             say(f"    {prompt[-70:]!r} -> {response[:70]!r}")
             line = {"round": number, "row": row.number, "prompt": prompt, "response": response}
-            log(run, "samples.jsonl", line)
-    means = {name: fmean(one[name] for one in told) for name in told[0]}
+            run.log("samples.jsonl", line)
+    means = {name: fmean(fact[name] for fact in told) for name in told[0]}
     means["max_implied_reward"] = run.state["largest"]
     say(f"round {number}: " + "  ".join(f"{name} {mean:.3f}" for name, mean in means.items()))
-    spent = {name: dict(run.state[name]) for name in ("seconds", "peak_bytes")}
-    log(run, "log.jsonl", {"event": "round", "round": number} | means | spent)
+    spent = {name: run.state[name] for name in ("seconds", "peak_bytes")}
+    run.log("log.jsonl", {"event": "round", "round": number} | means | spent)
 
 
 def draw_curves(run: Run) -> None:
     """curves.png: what each round's model is worth, and each term of the loss step by step."""
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(8, 6), layout="constrained")
-    for ax, kind, names, label in (
-        (axes[0, 0], "round", "reward outside heldout_accuracy finished", "share"),
-        (axes[0, 1], "step", "preference", "preference term (nats)"),
-        (axes[1, 0], "step", "critic", "critic's term before 1 / lam (nats)"),
-        (axes[1, 1], "step", "margin kl", "margin, KL(pi_t || pi) (nats)"),
-    ):
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    panels = {
+        ("round", "share"): "reward outside heldout_accuracy finished",
+        ("step", "preference term (nats)"): "preference",
+        ("step", "critic's term before 1 / lam (nats)"): "critic",
+        ("step", "margin, KL(pi_t || pi) (nats)"): "margin kl",
+    }
+    for ax, ((kind, label), names) in zip(figure.subplots(2, 2).flat, panels.items()):
         drawn = [line for line in run.state["logs"]["log.jsonl"] if line["event"] == kind]
         for name in [name for name in names.split() if name in drawn[0]]:
             ax.plot([line[name] for line in drawn], ".-", label=name)
         ax.set(xlabel=f"{kind}, from the start", ylabel=label)
         ax.legend(frameon=False)
     figure.savefig(run.out / "curves.png", dpi=100)
-    plt.close(figure)
 
 
-def plan(run: Run, dropped: list[dict]) -> int:
+def plan(run: Run) -> int:
     """Says what will be done and what it takes; returns the bytes of disk."""
-    config, rows, world = run.config, run.rows, dist.get_world_size()
-    weights = sum(weight.numel() for weight in run.scorer.parameters())
-    held = weights * (16 if config.optimizer == "adamw" else 8)  # fp32: see the top
-    tokens = sum(len(ids) for row in rows for ids in row[1:4]) * config.epochs
-    steps = math.ceil(len(rows) / config.batch) * config.epochs
-    say(f"{len(rows)} pairs to train on, {len(run.heldout)} held out, {len(dropped)} dropped")
+    config, world, dropped = run.config, dist.get_world_size(), run.state["logs"]["dropped.jsonl"]
+    say(f"{len(run.rows)} pairs to train on, {len(run.heldout)} held out, {len(dropped)} dropped")
     for reason, count in Counter(line["reason"] for line in dropped).items():
         say(f"    {count} dropped: {reason}")
-    require(rows, "no pair is left to train on: --help shows the forms of a pair")
-    say(f"{config.rounds} rounds: {len(rows)} samples, then {steps} steps of {config.batch} pairs")
-    say(f"{tokens / 1e6:.2f}e6 tokens a round and the samples', on {world} processes")
+    require(run.rows, "no pair is left to train on: --help shows the forms of a pair")
+    steps = math.ceil(len(run.rows) / config.batch) * config.epochs
+    tokens = sum(len(ids) for row in run.rows for ids in row[1:4]) * config.epochs / 1e6
+    say(f"{config.rounds} rounds: {len(run.rows)} samples, then {steps} steps of {config.batch} "
+        f"pairs; {tokens:.2f}e6 tokens each and the samples', on {world} processes")  # fmt: skip
+    weights = sum(weight.numel() for weight in run.scorer.parameters())
+    held = weights * (16 if config.optimizer == "adamw" else 8)  # fp32: see the top
     say(f"{weights / 1e9:.4f}e9 parameters: {held / world / 1e9:.2f} GB a process with gradients "
         f"and {config.optimizer}, {weights / 5e8:.2f} GB more where a GPU plays")  # fmt: skip
     return 2 * held + config.rounds * 4 * weights
@@ -779,14 +772,14 @@ def plan(run: Run, dropped: list[dict]) -> int:
 # -------------------------------------------------------- the story
 def main(config: Config) -> None:
     device, out = start_processes(), Path(config.out)
-    signal.signal(signal.SIGTERM, lambda *_: leaving.set())
+    signal.signal(signal.SIGTERM, lambda number, _: leaving.append(number))
     transformers.utils.logging.disable_progress_bar()
-    other = "; --preset mistral-7b takes a real model and your pairs"
-    say(f"preset {config.preset}, in {out}" + other * (config.preset == "tiny"))
+    say(f"preset {config.preset} (tiny: a world of ours, mistral-7b: your model, pairs), in {out}")
+    free = config.dry_run or dist.get_rank() > 0 or lock(out / "lock")
+    require(all(gather(free)), f"{out} is in use by another run: let it end, or use a new --out")
 
     # Where self-play starts, and what it learns from.
     lm, tokenizer = load_model(config)
-    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
     end = lm.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
     require(tokenizer.eos_token_id in stops, "the tokenizer has no end-of-sequence token")
@@ -800,34 +793,33 @@ def main(config: Config) -> None:
         rows = [row for row in rows if row not in heldout]
     rows = rows[: config.rows or None]
     state = dict(round=0, step=0, saves=0, pi_t="", largest=0.0, seconds={}, peak_bytes={})
-    state["logs"] = {"log.jsonl": [], "samples.jsonl": []}
+    state["logs"] = {"log.jsonl": [], "samples.jsonl": [], "dropped.jsonl": dropped}
     run = Run(config, out, Scorer(lm), tokenizer, stops, rows, heldout, state)
-    need = plan(run, dropped)
+    need = plan(run)
     if config.dry_run:
         return
 
     # A new run, or the same one further on.
     shard(run.scorer, device)
-    state["pi_t"] = hash_of_model(run.scorer)
-    saved = open_folder(run, dropped, need)
+    state["pi_t"] = run.scorer.sha256()
+    saved = run.open_folder(need)
     check_model(run)
     if device.type == "cuda":  # each layer is computed again in the backward pass
         lm.activation_checkpointing_enable({"use_reentrant": False})
-    charge(run, "load")
+    run.charge("load")
 
     while state["round"] <= config.rounds:
         played = play(run, rows, f"round-{state['round']}") if state["round"] else rows
         train(run, played, saved)
         if state["round"] or config.sft_epochs:
-            save_round(run)
-        state |= {"step": 0, "pi_t": hash_of_model(run.scorer)}
+            run.save_round()
+        state |= {"step": 0, "pi_t": run.scorer.sha256()}
         evaluate(run)
         if state["round"] and dist.get_rank() == 0:
             draw_curves(run)
-        charge(run, "draw")
         saved, state["round"] = None, state["round"] + 1
         state |= {"largest": 0.0, "seconds": {}, "peak_bytes": {}}
-        save_state(run)
+        run.save_state()
     say(f"done: {out / f'round-{config.rounds}'}")
 
 

@@ -33,7 +33,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import matplotlib.pyplot  # noqa: E402, F401
+import torch  # noqa: E402
 
 import toy_bandit as bandit  # noqa: E402
 import train_mistral as tm  # noqa: E402
@@ -196,9 +196,12 @@ def worker(argv, moment, usual, said, note, user=None) -> None:
     sys.argv, trainer = [TRAINER, *argv], {"__name__": "__main__", "__file__": TRAINER}
     *body, start = ast.parse(Path(TRAINER).read_text()).body  # what only a command does comes last
     exec(compile(ast.Module(body, []), TRAINER, "exec"), trainer)
-    for name in {*PHASES.values(), "play"} - {"forward"}:
-        trainer[name] = watch.watched(name, trainer[name])
-    trainer["Scorer"].forward = watch.watched("forward", trainer["Scorer"].forward)
+    for name in {*PHASES.values(), "play"}:
+        owner = next((c for c in (trainer["Scorer"], trainer["Run"]) if name in vars(c)), None)
+        if owner:
+            setattr(owner, name, watch.watched(name, getattr(owner, name)))
+        else:
+            trainer[name] = watch.watched(name, trainer[name])
     exec(compile(ast.Module([start], []), TRAINER, "exec"), trainer)
     if record:
         usual = {p: watch.seconds[p] / n for p, n in watch.seen.items() if p in PHASES}
@@ -274,6 +277,11 @@ def end(process: subprocess.Popen) -> None:
     process.wait()
 
 
+def sealed(content: bytes):
+    """What the trainer sealed in a file."""
+    return torch.load(io.BytesIO(content.partition(b"\n")[2]), weights_only=True)
+
+
 def left(out: Path) -> dict[str, object]:
     """All that a run leaves, but for clock times, memory and the count of saved states."""
     found = {}
@@ -284,7 +292,7 @@ def left(out: Path) -> dict[str, object]:
             for event in content:
                 event.pop("seconds", None), event.pop("peak_bytes", None)
         elif name == "state/page":
-            page = json.loads(content.partition(b"\n")[2])
+            page = sealed(content)
             fleeting = "seconds peak_bytes logs saves".split()
             content = {key: value for key, value in page.items() if key not in fleeting}
         elif name.startswith("state/"):  # the tensors; DTensor's pickle holds a salted hash
@@ -317,8 +325,7 @@ def repeated(out: Path) -> int:
         for line in map(json.loads, open(out / name)):
             keys.append((name, *(line.get(key) for key in ("event", "round", "step", "row"))))
     for path in out.glob("play/*/*"):
-        rows = json.loads(path.read_bytes().partition(b"\n")[2])["rows"]
-        keys += [(path.parent.name, row) for row in rows]
+        keys += [(path.parent.name, row) for row in sealed(path.read_bytes())]
     return len(keys) - len(set(keys))
 
 
@@ -428,6 +435,8 @@ def damage(bench: Bench) -> tuple[Counter, dict, int]:
     bench.launch([*SHORT, "--out", str(base)], 1, Moment("training", 7))
     for path in sorted(path for path in base.rglob("*") if path.is_file()):
         name = str(path.relative_to(base))
+        if name == "lock":  # an empty file
+            continue
         files[re.sub(r"(^round-|heldout-|state/|/)\d+", r"\1N", name)] = name
     for kind, name in files.items():
         for what, content in damages((base / name).read_bytes(), bench.rng):

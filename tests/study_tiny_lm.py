@@ -141,7 +141,7 @@ def learn(job: tuple[int, dict, dict, dict]) -> dict:
     flags = {name: value for name, value in setting.items() if name not in ("kind", "sft")}
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(trainer.CopyDigits, "model", model))
-        patches.enter_context(mock.patch.object(trainer, "save_round"))
+        patches.enter_context(mock.patch.object(trainer.Run, "save_round"))
         patches.enter_context(mock.patch.dict(trainer.TOLERANCE))
         if setting["kind"] in ("DPO", "RPO"):
             play = fixed_reference(trainer.play)

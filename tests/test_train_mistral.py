@@ -4,7 +4,6 @@ Oracles: the model's own logits in a slow loop, autograd on DPO's formula writte
 counts, a second process, a second run that nothing interrupted.
 """
 
-import io
 import json
 import math
 import os
@@ -80,10 +79,10 @@ def run_of(lm, rows, out=Path("unused"), stops=frozenset({2}), heldout=(), **opt
     settings = dict(max_response=7, batch=len(rows) or 1, generate_batch=4, micro_batch=8)
     config = tm.Config(**settings | options)
     state = dict(round=1, step=0, saves=0, pi_t="", largest=0.0, seconds={}, peak_bytes={})
-    state |= {"logs": {"log.jsonl": [], "samples.jsonl": []}}
+    state |= {"logs": {"log.jsonl": [], "samples.jsonl": [], "dropped.jsonl": []}}
     tokenizer, scorer = tm.CopyDigits().tokenizer(), tm.Scorer(lm)
     run = tm.Run(config, out, scorer, tokenizer, set(stops), rows, list(heldout), state)
-    state["pi_t"] = tm.hash_of_model(run.scorer)
+    state["pi_t"] = run.scorer.sha256()
     return run
 
 
@@ -691,8 +690,7 @@ def test_a_saved_round_reloads_to_the_same_logits_with_its_tokenizer(straight):
         AutoTokenizer.from_pretrained(folder),
     )
     assert lm.dtype == torch.float32
-    saved = tm.unseal(next((straight / "1" / "state").glob("*-0")))
-    state = torch.load(io.BytesIO(saved), weights_only=True)["model"]
+    state = tm.unseal(next((straight / "1" / "state").glob("*-0")))["model"]
     live = tm.CopyDigits().model(0)
     start_logits = live(torch.tensor([[1, 5, 6]])).logits
     live.load_state_dict({name.removeprefix("lm."): w for name, w in state.items()})
@@ -710,7 +708,7 @@ def test_a_round_of_a_tied_or_untied_model_reloads_to_equal_logits(tmp_path, tie
     lm = small_model(kind=LlamaConfig, tie_word_embeddings=tied)
     run = run_of(lm, rows_of(2), tmp_path)
     (tmp_path / "run.json").write_text("{}")
-    tm.save_round(run)
+    run.save_round()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "round-1").eval()
     ids = torch.tensor([[1, 5, 6, 7]])
     assert torch.equal(again(ids).logits, lm(ids).logits)
@@ -768,12 +766,12 @@ def copy_run(straight, to):
 def test_another_argument_or_world_size_in_the_same_folder_is_refused(straight, tmp_path):
     argv = copy_run(straight, tmp_path / "run")
     before = result(tmp_path / "run")
+    assert finish(start(argv, tmp_path / "said", 2)) == [1, 1]
+    assert "processes was 1, is 2" in (tmp_path / "said.0").read_text()
     with pytest.raises(SystemExit, match="lam was 5.0, is 7.0"):
         in_process([*argv, "--lam", "7"])
     with pytest.raises(SystemExit, match="data_sha256 was|seed was"):
         in_process([*argv, "--seed", "1"])
-    assert finish(start(argv, tmp_path / "said", 2)) == [1, 1]
-    assert "processes was 1, is 2" in (tmp_path / "said.0").read_text()
     in_process(argv)  # control: the same command has nothing left to do, and does nothing
     assert result(tmp_path / "run") == before
 
@@ -811,7 +809,7 @@ def test_damaged_self_play_is_made_again_while_pi_t_is_there_and_named_after(tmp
     played = tm.play(run, rows, "round-1")
     path = next((tmp_path / "play" / "round-1").iterdir())
     good = path.read_bytes()
-    path.write_bytes(good.replace(b"[", b"[7, ", 1))
+    path.write_bytes(good[:-9] + bytes([good[-9] ^ 1]) + good[-8:])
     assert tm.play(run, rows, "round-1") == played and path.read_bytes() == good
     path.write_bytes(good[:-1])
     run.state["step"] = 3
@@ -904,6 +902,27 @@ def test_a_head_that_is_more_than_a_matrix_and_a_window_are_noticed(capsys):
     lm.forward = lambda *a, **k: forward(*a, **k).__class__(logits=forward(*a, **k).logits * 0.5)
     with pytest.raises(SystemExit, match="more than a matrix"):
         tm.check_model(run_of(lm, [row]))
+
+
+def test_a_folder_in_use_is_refused_at_once_and_left_alone(straight, tmp_path):
+    argv, out = copy_run(straight, tmp_path / "run"), tmp_path / "run"
+    (out / "log.jsonl").write_text("as another run has left it")
+    holder = "import sys, pathlib, train_mistral as tm; print(tm.lock(pathlib.Path(sys.argv[1])))"
+    command = [sys.executable, "-u", "-c", holder + "; sys.stdin.read()", str(out / "lock")]
+    pipes = dict(cwd=Path(tm.__file__).parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen(command, **pipes) as other:
+        assert other.stdout.readline() == b"True\n"
+        files = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+        for processes in (1, 2):
+            said = tmp_path / f"said{processes}"
+            assert finish(start(argv, said, processes)) == [1] * processes
+            text = Path(f"{said}.0").read_text()
+            assert "is in use by another run" in text and "Traceback" not in text
+        assert files == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+        in_process([*argv, "--dry_run"])  # a plan is no work
+        other.kill()
+    assert finish(start(argv, tmp_path / "said")) == [0]  # control: it died, and the run goes on
+    assert result(out)[0] == result(straight / "1")[0]
 
 
 # -------------------------------------------------------- the tiny world, and the options
