@@ -676,7 +676,8 @@ def both(argv, moment=None, usual=0.0) -> tuple[list, float]:
 def prepare(rng: random.Random) -> Bench:
     """Uninterrupted runs on one process and on two, which count what there is to strike."""
     bench = Bench(rng, {}, {})
-    tm.CopyDigits().model(0)  # imports what each fork would
+    tm.CopyDigits().model(0)  # imports what each fork would, one of them a user without a right
+    tm.CopyDigits().tokenizer().apply_chat_template([{"role": "user", "content": "1"}])  # to it
     for processes in (1, 2):
         out = Path(f"straight{processes}")
         code, said, _ = bench.launch([*SHORT, "--out", str(out)], processes, record=True)
