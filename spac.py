@@ -27,8 +27,8 @@ does both steps. With h(y) = log pi(y|x) - log pi_t(y|x) and beta = 1 / eta:
 Differences from what is publicly known of the paper
  - Only its abstract and public summaries could be read. Constants, proofs and defaults are ours.
  - lam multiplies the data fit E (some notes put it on the other term): the proof decides (Eq. 13).
- - The critic's term compares y' with the pair's two responses. Without that baseline it is
-   unbounded below and rewards variance instead of doubt (theory.md, section 8).
+ - The critic's term compares y' with the pair's two responses. Without that baseline it
+   rewards variance instead of doubt (theory.md, section 8).
  - The critic is smoothed by default (Eq. 30); the linear one that equals SPAC-T's (Eq. 29) is
    beside it. The smoothed one has half its slope at pi = pi_t.
  - The box [0, R] is exact in the bandit and absent from the language model's loss; the trainer

@@ -155,7 +155,10 @@ ABLATION = {  # row: what differs from the base, and why it matters
     ),
     "40 gradient steps": ({"steps": 40}, "Enough of the way to the critic's minimiser."),
     "Adam, 10 steps": ({"steps": 10, "optimizer": ADAM}, "The same, sooner."),
-    "Adam, 40 steps": (NETWORK, "The critic is nearly solved, and so the base's result returns."),
+    "Adam, 40 steps": (
+        NETWORK,
+        "The critic is nearly solved: within 3 times the base's error.",
+    ),
     "no box": (
         NETWORK | {"box": math.inf},
         "Few inner steps from h = 0 are a soft box: here they suffice.",
@@ -170,7 +173,7 @@ ABLATION = {  # row: what differs from the base, and why it matters
     ),
     "no baseline": (
         NETWORK | {"critic": without_baseline},
-        "Rewards variance instead of doubt: it follows the luckiest rare response.",
+        "Rewards variance instead of doubt: in rare it follows the luckiest response.",
     ),
 }
 
