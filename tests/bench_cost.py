@@ -6,8 +6,7 @@ where the rest goes. play: sample() beside transformers' continuous batching, sc
 training's forward pass, and what batch-mates change. growth: seconds and bytes of a step with
 pairs, prompt, response and vocabulary; of a run with rounds and processes; and the model that
 explains them. CPU, fp32, one thread (CPU seconds), random weights. Writes OUT/bench_cost.json
-(with clock times, hence never twice the same). About eight
-minutes on two quiet cores; --quick: two.
+(with clock times, hence never twice the same). About eight minutes; --quick: two.
 
 Tried on tiny, did not pay (CPU seconds of a step, in turns):
  - Smaller chunks of the head, to stay in the cache: 128 positions cost what 256 do, 64 are 10 %
@@ -470,7 +469,7 @@ def main() -> int:
 
     deviation = max(found["deviation"] for found in floors.values())
     claims = judge("flops", {"deviation": deviation})
-    claims |= judge("floor", {name: found["share_of_floor"] for name, found in floors.items()})
+    claims |= judge("floor", {name: floors[name]["share_of_floor"] for name in SIZES})
     claims |= judge("scoring", {name: found["scoring"]["ratio"] for name, found in plays.items()})
     claims |= judge("generation", {"tiny": plays["tiny"]["generation"]["ratio"]})
     mates = [found["batchmates"] for found in plays.values()]

@@ -6,8 +6,8 @@ throughout: play() samples and scores, train() trains, rows of 1,024 tokens. Mea
 second and their share of the card's own bf16 matmul rate; peak memory by part; generation beside
 transformers' continuous batching; the largest micro-batch, doubled until memory runs out (last, as
 nothing can be trusted afterwards). A part that fails says so in the record and the others go on.
-About ten minutes on an H100. Without a GPU, --small runs every line on a CPU with a tiny model;
-its numbers mean nothing. Writes OUT/bench_gpu.json, which says what it ran on.
+Not run on a GPU yet; ten minutes is an estimate. Without a GPU, --small runs every line on a CPU
+with a tiny model; its numbers mean nothing. Writes OUT/bench_gpu.json, which says what it ran on.
 """
 
 import argparse
