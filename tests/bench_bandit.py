@@ -39,20 +39,20 @@ goal growth_in_n  slope       -.1  .1    log-log slope of seconds in n, 1,000 to
 """  # kind, claim, value, least and most expected, what it is
 
 
-def seconds(action) -> float:
-    start = time.perf_counter()
+def seconds(action, clock=time.perf_counter) -> float:
+    start = clock()
     action()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def take_turns(variants: dict, repetitions: int) -> dict:
+def take_turns(variants: dict, repetitions: int, clock=time.perf_counter) -> dict:
     """Median seconds of each variant; each repetition times all of them once."""
     for action in variants.values():  # caches, threads, lazy imports
         action()
     times = {name: [] for name in variants}
     for _ in range(repetitions):
         for name, action in variants.items():
-            times[name].append(seconds(action))
+            times[name].append(seconds(action, clock))
     return {name: float(np.median(column)) for name, column in times.items()}
 
 
