@@ -294,7 +294,7 @@ def scoring(run: tm.Run, rows: list[tm.Row], repetitions: int) -> dict:
     size, alike = run.config.micro_batch, sorted(rows, key=lambda row: len(row.prompt))
 
     def score():
-        with tm.gathered(run.scorer.eval()):
+        with run.scorer.eval().gathered():
             for i in range(0, len(alike), size):
                 run.scorer([(row.prompt, row[2:5]) for row in alike[i : i + size]]).tolist()
 

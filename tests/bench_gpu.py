@@ -146,7 +146,7 @@ def generation(plan: Plan, out: Path, device: torch.device) -> dict:
 
 def training(run: tm.Run, plan: Plan, device: torch.device, card: float) -> dict:
     """play() and train() of train_mistral.py, once warm, and the memory of each part."""
-    tm.save_state = lambda *_: None  # 29 GB a state, and nothing to go on with
+    tm.Run.save_state = lambda *_: None  # 29 GB a state, and nothing to go on with
     tm.shard(run.scorer, device)
     free()
     memory = {"weights": bytes_now(device)}
