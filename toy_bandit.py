@@ -116,11 +116,8 @@ class Critic:
             todo = todo[unsolved]
             if not len(todo):
                 break
-            gradient, value, problem = (
-                gradient[unsolved],
-                value[unsolved],
-                (v[todo], self.wins[todo]),
-            )
+            gradient, value = gradient[unsolved], value[unsolved]
+            problem = v[todo], self.wins[todo]
             step = newton_step(f[todo], gradient, curvature[unsolved], self.R)
             f[todo] = line_search(*problem, f[todo], step, gradient, value, self.R)
         self.f, self.gap = f, gap.view(pi.shape[:-1]).sum(-1)
@@ -617,7 +614,7 @@ def mechanism(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
 # -------------------------------------------------------- pictures and the story
 
 SPAC_BLUE, THEORY = "#0072B2", "#888888"
-COLOURS = ["#D55E00", "#E69F00", "#009E73", "#56B4E9", "#CC79A7", "#000000", "#882255", "#999933"]
+COLOURS = ["#D55E00", "#E69F00", "#009E73", "#8C564B", "#CC79A7", "#000000", "#882255", "#999933"]
 
 
 def draw(path: Path, panels: list[dict]) -> None:
@@ -637,7 +634,8 @@ def draw(path: Path, panels: list[dict]) -> None:
             axis.plot(x, np.maximum(line["mean"], floor), "--" if theory else "-", color=colour)
             ends[label] = x[-1], max(line["mean"][-1], floor), colour
             if low:
-                axis.fill_between(x, np.maximum(low, floor), high, color=colour, alpha=0.2, lw=0)
+                low, high = np.maximum(low, floor), np.maximum(high, floor)
+                axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
         if "corners" in spec:
             axis.set_axis_off()
             axis.plot([0, 1, 0.5, 0], [0, 0, 0.866, 0], color=THEORY, lw=0.8)
@@ -645,11 +643,11 @@ def draw(path: Path, panels: list[dict]) -> None:
             for name, x, y in zip(spec["corners"], (0, 1, 0.5), (-0.06, -0.06, 0.89)):
                 axis.text(x, y, name, ha="center")
         axis.autoscale_view()
-        below = -math.inf
+        below, aside = -math.inf, 9 * ("corners" in spec)  # above a path's end, beside the corner
         for label, (x, y, colour) in sorted(ends.items(), key=lambda item: item[1][1]):
-            right, middle = axis.transData.transform((x, y))
-            below = max(middle + 9 * ("corners" in spec), below + 14)  # above a path's end
-            figure.text(right + 6, below, label, color=colour, va="center", transform=None)
+            right, middle = axis.transData.transform((x, y)) + (6 + 2 * aside, aside)
+            below = max(middle, below + 14)
+            figure.text(right, below, label, color=colour, va="center", transform=None)
     figure.savefig(path, dpi=100)
 
 
