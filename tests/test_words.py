@@ -462,7 +462,7 @@ def test_the_python_in_readme_runs(readme):
 # -------------------------------------------------------- README: numbers
 
 
-TAGGED = re.compile(r"(-?[\d,]*\.?\d+)\s*<!--\s*(\w+):(\S+?)\s*-->")
+TAGGED = re.compile(r"(-?[\d,]*\.?\d+)\s*<!--\s*(\w+):([^>]+?)\s*-->")
 
 
 def value_at(found, path: str):
@@ -505,7 +505,8 @@ def test_numbers_in_readme_are_those_of_the_recorded_results(readme):
     assert not wrong_numbers(good, values)
     assert len(wrong_numbers(good.replace("8", "7").replace("5,0", "5,1"), values)) == 2
     assert len(wrong_numbers(good.replace("t:", "u:"), values)) == 3
-    dotted = {"t": {"a": {"n=1e5, T.3": [{"b": 7}]}}}  # keys may hold dots, not spaces
+    dotted = {"t": {"a": {"n=1e5, T.3": [{"b": 7}]}}}  # keys may hold dots and spaces
+    assert not wrong_numbers("7<!-- t:a.n=1e5, T.3.0.b -->", {"t": dotted["t"]})
     assert value_at(dotted, "t.a.n=1e5, T.3.0.b") == 7
 
 
