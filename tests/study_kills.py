@@ -313,7 +313,7 @@ def unlike(out: Path, straight: dict) -> list[str]:
     """The files in which a run differs from an uninterrupted one."""
     try:
         mine = left(out)
-    except ValueError as error:
+    except Exception as error:  # a damaged file may be unreadable in any way
         return [f"unreadable: {error}"]
     return sorted(name for name in mine | straight if mine.get(name) != straight.get(name))
 
