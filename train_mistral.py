@@ -5,10 +5,11 @@
 
 Round t: play() draws a true sample y' ~ pi_t for every prompt and keeps log pi_t of (chosen,
 rejected, y'); train() starts pi at pi_t and descends spac.spac_loss. Those numbers are all that is
-left of pi_t: no second model is in memory. Round 0 is the start, or a short SFT. A pair is prompt,
-chosen, rejected, as text or lists of role/content messages, or two whole conversations. OUT gets
-round-N (Hugging Face folders), log.jsonl, curves.png, samples.jsonl, dropped.jsonl (rows not used,
-and why), run.json, and what a restart needs: the same command goes on where a run was cut.
+left of pi_t: no second model is in memory. Round 0 is the start, or a short SFT. A pair is a line
+{"prompt": "Hi", "chosen": "Hello!", "rejected": "Go."}, or with lists of role/content messages for
+texts, or with whole conversations as chosen and rejected. OUT gets round-N (Hugging Face folders),
+log.jsonl, curves.png, samples.jsonl, dropped.jsonl (rows not used, and why), run.json, and what a
+restart needs: after a kill, Ctrl-C or SIGTERM the same command goes on.
 
 What fits where: fp32 master weights are sharded by FSDP2, GPUs compute in bf16. Bytes a parameter:
 4 weights + 4 gradients + 8 for AdamW, next to none for Adafactor (row and column means). Mistral-7B
@@ -88,7 +89,7 @@ class Config:
     data: str = option("", PAIRS, "pairs: .jsonl, .parquet, or hub NAME[@REVISION]")
     split: str = option("", "train_prefs", "split of hub data")
     rows: int = option(1000, 0, "train on the first ROWS usable rows; 0 is all", above=-1)
-    heldout: int = option(500, 500, "rows held out: accuracy and each round's samples", above=-1)
+    heldout: int = option(500, 500, "rows held out, at most half: accuracy, samples", above=-1)
     heldout_data: str = option("", "", "such rows from another file instead")
     max_prompt: int = option(8, 512, "tokens of a prompt; a longer one loses its start", above=1)
     max_response: int = option(8, 512, "tokens of a response, y' too; a longer one is cut")
@@ -429,7 +430,7 @@ def lock(path: Path) -> bool:
     """Whether no other run holds it; then this one does, for as long as the process lives."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(BlockingIOError):
-        fcntl.lockf(os.open(path, os.O_CREAT | os.O_WRONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(os.open(path, os.O_CREAT | os.O_WRONLY, 0o644), fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     return False
 
@@ -477,6 +478,7 @@ class Run:
             changed = "; ".join(f"{k} was {a}, is {b}" for k, a, b in pairs if a != b)
             require(not changed, f"{self.out} holds another run ({changed}): use a new --out")
             self.state |= held
+            say(f"going on in {self.out} from round {held['round']} step {held['step']}")
         if self.state["saves"]:
             part = page.with_name(f"{self.state['saves']}-{dist.get_rank()}")
             saved = require(unseal(part), f"{part} {DAMAGED}")
@@ -580,6 +582,7 @@ def play(run: Run, rows: list[Row], name: str) -> list[Row]:
     alike = sorted(rows, key=lambda row: (len(row.prompt), row.number))
     batches = [alike[i : i + size] for i in range(0, len(alike), size)]
     paths = [run.out / "play" / name / f"{i:06d}" for i in range(len(batches))]
+    say(f"playing {name}: {len(rows)} prompts in {len(batches)} batches")
     with run.scorer.gathered():
         mine = range(dist.get_rank(), len(batches), dist.get_world_size())
         for i in tqdm(mine, f"playing {name}", disable=dist.get_rank() > 0 or None):
@@ -747,6 +750,7 @@ def draw_curves(run: Run) -> None:
         for name in [name for name in names.split() if name in drawn[0]]:
             ax.plot([line[name] for line in drawn], ".-", label=name)
         ax.set(xlabel=f"{kind}, from the start", ylabel=label)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend(frameon=False)
     figure.savefig(run.out / "curves.png", dpi=100)
 
@@ -759,9 +763,9 @@ def plan(run: Run) -> int:
         say(f"    {count} dropped: {reason}")
     require(run.rows, "no pair is left to train on: --help shows the forms of a pair")
     steps = math.ceil(len(run.rows) / config.batch) * config.epochs
-    tokens = sum(len(ids) for row in run.rows for ids in row[1:4]) * config.epochs / 1e6
+    tokens = sum(len(ids) for row in run.rows for ids in row[1:4]) * config.epochs
     say(f"{config.rounds} rounds: {len(run.rows)} samples, then {steps} steps of {config.batch} "
-        f"pairs; {tokens:.2f}e6 tokens each and the samples', on {world} processes")  # fmt: skip
+        f"pairs; {tokens:,} tokens each and the samples', on {world} processes")  # fmt: skip
     weights = sum(weight.numel() for weight in run.scorer.parameters())
     held = weights * (16 if config.optimizer == "adamw" else 8)  # fp32: see the top
     say(f"{weights / 1e9:.4f}e9 parameters: {held / world / 1e9:.2f} GB a process with gradients "
@@ -772,14 +776,19 @@ def plan(run: Run) -> int:
 # -------------------------------------------------------- the story
 def main(config: Config) -> None:
     device, out = start_processes(), Path(config.out)
-    signal.signal(signal.SIGTERM, lambda number, _: leaving.append(number))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: leaving.append(number))
     transformers.utils.logging.disable_progress_bar()
     say(f"preset {config.preset} (tiny: a world of ours, mistral-7b: your model, pairs), in {out}")
     free = config.dry_run or dist.get_rank() > 0 or lock(out / "lock")
     require(all(gather(free)), f"{out} is in use by another run: let it end, or use a new --out")
 
     # Where self-play starts, and what it learns from.
-    lm, tokenizer = load_model(config)
+    try:
+        lm, tokenizer = load_model(config)
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        wanted = "a folder with weights, config.json, tokenizer, as OUT/round-1, or a hub name"
+        raise SystemExit(f"cannot read --model {config.model} ({wanted}): {error}") from None
     end = lm.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
     require(tokenizer.eos_token_id in stops, "the tokenizer has no end-of-sequence token")
@@ -826,5 +835,5 @@ def main(config: Config) -> None:
 if __name__ == "__main__":
     try:
         main(parse())
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
         raise SystemExit(f"{error}\nMend this, then the same command goes on") from None

@@ -535,6 +535,20 @@ def test_data_that_cannot_be_read_stops_with_a_remedy(tmp_path):
             tm.load_rows(source, word_tokenizer(), {2}, config)
 
 
+def test_a_model_that_cannot_be_read_stops_with_a_remedy(tmp_path):
+    """No such folder; one without a tokenizer; one that is whole is read."""
+    (tmp_path / "empty").mkdir()
+    tm.CopyDigits().model(0).save_pretrained(tmp_path / "bare")
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("\n".join(map(json.dumps, tm.CopyDigits().pairs(4, 0))))
+    argv = ["--preset", "mistral-7b", "--data", str(pairs), "--dry_run", "--model"]
+    for name in ("nothing", "empty", "bare"):
+        with pytest.raises(SystemExit, match=f"cannot read --model .*{name}.*OUT/round-1"):
+            in_process([*argv, str(tmp_path / name)])
+    tm.CopyDigits().tokenizer().save_pretrained(tmp_path / "bare")
+    in_process([*argv, str(tmp_path / "bare")])
+
+
 def test_a_template_that_refuses_or_rewrites_drops_the_row():
     refuses = word_tokenizer(template="{{ raise_exception('no') }}")
     rewrites = word_tokenizer(template="{{ messages | length }}{{ messages[-1].content }}</s>")
@@ -739,17 +753,20 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(straight, tmp_path, proces
     assert not list(out.rglob("*.tmp")) or (out / "state" / "page").exists()
 
 
-def test_sigterm_saves_and_leaves_and_the_run_goes_on(straight, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])  # Ctrl-C is the latter
+def test_a_run_told_to_stop_saves_and_leaves_and_goes_on(straight, tmp_path, number):
     argv, out = [*SHORT, "--out", str(tmp_path / "run")], tmp_path / "run"
     argv[argv.index("--checkpoint_every") + 1] = "1000"
     started = start(argv, tmp_path / "said")
     while not (out / "log.jsonl").exists() or b"sft" not in (out / "log.jsonl").read_bytes():
         time.sleep(0.001)
-    os.kill(started[0].pid, signal.SIGTERM)
+    os.kill(started[0].pid, number)
     assert finish(started) == [1]
-    assert "what is done is saved" in (tmp_path / "said.0").read_text()
+    said = (tmp_path / "said.0").read_text()
+    assert "what is done is saved" in said and "going on" not in said
     assert (out / "state" / "page").exists()
     assert finish(start(argv, tmp_path / "said")) == [0]
+    assert "from round 0 step" in (tmp_path / "said.0").read_text()
     assert result(out)[1] == result(straight / "1")[1]
 
 
