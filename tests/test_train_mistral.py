@@ -4,6 +4,7 @@ Oracles: the model's own logits in a slow loop, autograd on DPO's formula writte
 counts, a second process, a second run that nothing interrupted.
 """
 
+import io
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from array import array
 from collections import Counter
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import fmean
 
 import datasets
 import pytest
@@ -161,6 +163,65 @@ def test_the_loss_of_a_batch_is_spacs(critic):
     assert torch.tensor([pair["loss"] for pair in told]) != pytest.approx(wrong, rel=1e-4)
 
 
+def test_what_is_logged_of_a_pair_is_what_its_name_says():
+    rows = rows_of(6)
+    run, played = run_of(small_model(), rows), fake_play(rows)
+    told = tm.accumulate(run, played)
+    for pair, row in zip(told, played):
+        answers = (row.chosen, row.rejected, row.generated)
+        logps = [slow_logp(run.scorer.lm, row.prompt, y).item() for y in answers]
+        h = [policy - opponent for policy, opponent in zip(logps, row.logps)]
+        expected = dict(zip(("logp_chosen", "logp_rejected", "logp_generated"), logps))
+        expected |= dict(accuracy=float(h[0] > h[1]), margin=0.3 * (h[0] - h[1]), kl=-h[2])
+        expected |= dict(largest=0.3 * max(map(abs, h)), row=row.number)
+        expected |= dict(gap=max(abs(x) / len(y) ** 0.5 for x, y in zip(h, answers)))
+        assert {name: pair[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert {pair["accuracy"] for pair in told} == {0.0, 1.0}  # control: pairs of both kinds
+    assert any(0.3 * pair["gap"] < 0.9 * pair["largest"] for pair in told)  # and of many tokens
+
+
+def test_the_supervised_loss_is_nats_per_token_of_both_responses():
+    rows = rows_of(5)
+    run, told = run_of(small_model(), rows), []
+    for pair, row in zip(tm.accumulate(run, rows), rows):
+        both = [slow_logp(run.scorer.lm, row.prompt, y).item() for y in row[2:4]]
+        expected = -sum(both) / len(row.chosen + row.rejected)
+        assert pair["loss"] == pytest.approx(expected, rel=1e-4)
+        told.append(expected == pytest.approx(-fmean(b / len(y) for b, y in zip(both, row[2:4]))))
+    assert not all(told)  # control: the mean of the two means is another number
+
+
+def test_a_step_descends_the_clipped_gradient_of_its_own_batch_alone(tmp_path, monkeypatch):
+    """Three steps of plain descent, made again by hand; without the clip they lead elsewhere."""
+    told = []
+    monkeypatch.setitem(tm.OPTIMIZERS, "adamw", torch.optim.SGD)
+    monkeypatch.setattr(tm, "check_step", lambda run, values, norm: told.append(values))
+    rows, settings = rows_of(12), dict(batch=4, lr=1e-2, clip=0.5, epochs=1)
+    run = run_of(small_model(), rows, tmp_path, **settings)
+    played = fake_play(rows)
+    odd = tm.batches_of(run, played)[0][0].number - 1  # the largest |beta h| comes first
+    played[odd] = played[odd]._replace(logps=[-90.0] * 3)
+    tm.train(run, played, None)
+
+    def by_hand(clip):
+        hand = run_of(small_model(), rows, **settings)
+        for step, batch in enumerate(tm.batches_of(hand, played)):
+            norm = gradient(hand, batch).norm().item()
+            assert norm > settings["clip"]
+            size = tm.learning_rate(step, 3, 1e-2, 0.1) * min(1, clip / norm)
+            with torch.no_grad():
+                for weight in hand.scorer.parameters():
+                    weight -= size * weight.grad
+        return torch.cat([weight.flatten() for weight in hand.scorer.parameters()])
+
+    start = torch.cat([weight.flatten() for weight in small_model().parameters()])
+    ours = torch.cat([weight.detach().flatten() for weight in run.scorer.parameters()])
+    assert apart(ours - start, by_hand(0.5) - start) < 1e-3
+    assert apart(ours - start, by_hand(math.inf) - start) > 0.1  # control
+    largest = [max(pair["largest"] for pair in values) for values in told]
+    assert run.state["largest"] == largest[0] > max(largest[1:])
+
+
 @pytest.mark.parametrize("sharing", [False, True])
 def test_micro_batches_chunks_padding_and_checkpointing_leave_the_gradient_as_it_is(sharing):
     rows = rows_of(11)  # the last micro-batch is smaller
@@ -248,7 +309,8 @@ def test_sampled_frequencies_match_the_softmax_and_inherit_nothing_from_the_mode
     """400 first tokens of a 100-word vocabulary at each of 4 prompts; chi-square of 99 degrees:
     above 220 with probability below 1e-10 a prompt if the sampler is right."""
     lm = small_model(vocab_size=100)
-    lm.generation_config = GenerationConfig(top_k=5, temperature=0.5, repetition_penalty=3.0)
+    bent = dict(top_k=5, temperature=0.5, repetition_penalty=3.0, min_p=0.9, suppress_tokens=[8])
+    lm.generation_config = GenerationConfig(**bent)
     run = run_of(lm, [], max_response=1)
     with torch.no_grad():
         lm.get_output_embeddings().weight.mul_(0.25)  # nearly flat: top_k would show at once
@@ -272,6 +334,7 @@ def test_sampled_frequencies_match_the_softmax_and_inherit_nothing_from_the_mode
             return lm.generate(torch.tensor(prompts), do_sample=True, max_new_tokens=1)[:, -1]
 
     assert chi_square(ours) < 220
+    assert lm.generation_config.min_p == 0.9  # the round that is saved keeps what came with it
     assert chi_square(defaults) > 220
 
 
@@ -327,6 +390,27 @@ def test_at_step_0_pi_is_pi_t_and_a_model_that_is_not_is_refused(tmp_path, capsy
     assert "pi is pi_t to" in capsys.readouterr().out
 
 
+def test_every_weight_counts_in_the_digest_that_names_pi_t():
+    scorer, seen = tm.Scorer(small_model()), set()
+    assert scorer.sha256() == tm.Scorer(small_model()).sha256()  # control: it names the weights
+    for weight in scorer.parameters():
+        seen.add(scorer.sha256())
+        with torch.no_grad():
+            weight.view(-1)[-1] += 0.25
+    seen.add(scorer.sha256())
+    assert len(seen) == 1 + len([*scorer.parameters()])
+
+
+def test_a_tie_of_a_held_out_pair_counts_half(tmp_path, monkeypatch):
+    rows = fake_play(rows_of(5))
+    scores = [[-1.0, -1.0], [-1.0, -2.0], [-3.0, -4.0], [-1.0, -3.0], [-2.0, -1.0]]
+    rows = [row._replace(logps=[*pair, -9.0]) for row, pair in zip(rows, scores)]
+    monkeypatch.setattr(tm, "play", lambda run, rows, name: rows)
+    run = run_of(small_model(), [], tmp_path, heldout=rows)
+    tm.evaluate(run)
+    assert run.state["logs"]["log.jsonl"][-1]["heldout_accuracy"] == pytest.approx(3.5 / 5)
+
+
 def test_dropout_in_a_models_config_is_switched_off(tmp_path):
     lm = small_model(attention_dropout=0.5)
     lm.save_pretrained(tmp_path)
@@ -339,6 +423,33 @@ def test_dropout_in_a_models_config_is_switched_off(tmp_path):
     assert not torch.equal(
         tm.Scorer(with_dropout).train()(item), tm.Scorer(with_dropout).eval()(item)
     )
+
+
+def test_a_revision_is_asked_for_wherever_something_comes_from_the_hub(tmp_path, monkeypatch):
+    folder, asked = tmp_path / "model@home", []  # a folder is a folder, whatever its name
+    small_model().save_pretrained(folder)
+    tm.CopyDigits().tokenizer().save_pretrained(folder)
+    assert tm.pinned(str(folder)) == (str(folder), "main")  # control
+    for kind in (AutoModelForCausalLM, AutoTokenizer, tm.transformers.AutoConfig):
+
+        def found(name, revision=None, real=kind.from_pretrained, **options):
+            if name != folder:  # one asks another
+                asked.append((name, revision))
+            return real(folder, **options)
+
+        monkeypatch.setattr(kind, "from_pretrained", found)
+
+    def pairs(name, revision, split):
+        asked.append((name, revision))
+        return [PAIR] if split == "some" else []
+
+    monkeypatch.setattr(tm.datasets, "load_dataset", pairs)
+    argv = "--preset mistral-7b --model a/model@abc --data a/pairs@def --split some".split()
+    config = tm.parse(argv)
+    tm.load_model(config)
+    rows, _ = tm.load_rows(config.data, word_tokenizer(), {2}, config)
+    assert asked == [("a/model", "abc")] * 3 + [("a/pairs", "def")] and len(rows) == 1
+    assert tm.pinned("a/model") == ("a/model", "main")
 
 
 def test_a_round_moves_every_parameter_and_leaves_pi_t_as_it_was(tmp_path):
@@ -720,12 +831,17 @@ def test_a_saved_round_reloads_to_the_same_logits_with_its_tokenizer(straight):
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_round_of_a_tied_or_untied_model_reloads_to_equal_logits(tmp_path, tied):
     lm = small_model(kind=LlamaConfig, tie_word_embeddings=tied)
+    lm.generation_config = GenerationConfig(eos_token_id=[2, 5], do_sample=True, temperature=0.6)
     run = run_of(lm, rows_of(2), tmp_path)
     (tmp_path / "run.json").write_text("{}")
     run.save_round()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "round-1").eval()
     ids = torch.tensor([[1, 5, 6, 7]])
     assert torch.equal(again(ids).logits, lm(ids).logits)
+    served = again.generation_config  # it ends and samples as what it came from
+    assert (served.eos_token_id, served.temperature) == ([2, 5], 0.6)
+    bare = AutoModelForCausalLM.from_config(lm.config)  # control
+    assert bare.generation_config.eos_token_id == 2
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -768,6 +884,38 @@ def test_a_run_told_to_stop_saves_and_leaves_and_goes_on(straight, tmp_path, num
     assert finish(start(argv, tmp_path / "said")) == [0]
     assert "from round 0 step" in (tmp_path / "said.0").read_text()
     assert result(out)[1] == result(straight / "1")[1]
+
+
+def test_a_round_goes_on_with_the_optimizers_memory(tmp_path, monkeypatch):
+    rows = rows_of(16)
+    played = fake_play(rows)
+
+    def fresh(name):
+        (tmp_path / name).mkdir(exist_ok=True)
+        return run_of(small_model(), rows, tmp_path / name, batch=4, lr=1e-3, epochs=1)
+
+    def weights(run):
+        return torch.cat([weight.detach().flatten() for weight in run.scorer.parameters()])
+
+    monkeypatch.setattr(tm, "check_step", lambda *_: None)
+    straight, cut = fresh("straight"), fresh("cut")
+    tm.train(straight, played, None)
+    cut.open_folder(0)
+    monkeypatch.setattr(tm, "leaving", [])
+    monkeypatch.setattr(
+        tm, "check_step", lambda run, *_: run.state["step"] == 1 and tm.leaving.append(15)
+    )
+    with pytest.raises(SystemExit, match="asked to stop"):
+        tm.train(cut, played, None)
+    tm.leaving.clear()
+    monkeypatch.setattr(tm, "check_step", lambda *_: None)
+    shutil.copytree(tmp_path / "cut", tmp_path / "forgets")
+    for name in ("cut", "forgets"):
+        run = fresh(name)
+        saved = run.open_folder(0)
+        assert run.state["step"] == 2
+        tm.train(run, played, saved if name == "cut" else None)
+        assert torch.equal(weights(run), weights(straight)) == (name == "cut")  # and a control
 
 
 def in_process(argv):
@@ -832,9 +980,45 @@ def test_damaged_self_play_is_made_again_while_pi_t_is_there_and_named_after(tmp
     run.state["step"] = 3
     with pytest.raises(SystemExit, match=path.name):
         tm.play(run, rows, "round-1")
+    path.write_bytes(good)
     run.state |= {"step": 0, "pi_t": "another model"}  # a stale page is made again too
     tm.play(run, rows, "round-1")
     assert path.read_bytes() != good
+
+
+def test_a_sealed_file_opens_to_its_own_key_and_whole_or_not_at_all(tmp_path):
+    tm.seal(tmp_path / "page", [1, 2], "pi_1")
+    assert tm.unseal(tmp_path / "page", "pi_1") == [1, 2]  # control
+    for key in ("pi_2", "pi_", ""):
+        assert tm.unseal(tmp_path / "page", key) is None
+    whole = (tmp_path / "page").read_bytes()
+    for damaged in (whole[:-1], whole + b"x", whole[1:], b"", b"\n" + whole):
+        (tmp_path / "page").write_bytes(damaged)
+        assert tm.unseal(tmp_path / "page", "pi_1") is None
+
+
+def test_a_sealed_file_is_on_the_disk_before_it_takes_the_old_ones_name(tmp_path, monkeypatch):
+    """A power cut loses what is not on the disk; a kill may come at any call."""
+    path, calls = tmp_path / "page", []
+    tm.seal(path, "old")
+    old, sizes = path.read_bytes(), []
+
+    def noted(name, real):
+        def call(*args):
+            calls.append(name)
+            sizes.append(path.with_name("page.tmp").stat().st_size)
+            assert path.read_bytes() == old
+            return real(*args)
+
+        return call
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(tm.os, name, noted(name, getattr(os, name)))
+    tm.seal(path, "new")
+    assert calls == ["fsync", "replace"] and sizes == [path.stat().st_size] * 2
+    assert tm.unseal(path) == "new"
+    path.write_bytes(path.read_bytes()[:-9])  # control: cut short, in place
+    assert tm.unseal(path) is None
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_rows_and_keeps_the_state(tmp_path):
@@ -875,6 +1059,29 @@ def test_a_folder_that_cannot_be_written_and_too_small_a_disk_are_found_first(
         in_process([*SHORT, "--out", str(tmp_path / "run")])
 
 
+def test_each_round_starts_from_the_weights_that_it_names_and_from_nothing_else(
+    tmp_path, monkeypatch
+):
+    met = []
+
+    def train(run, rows, saved):  # moves a weight
+        state = run.state
+        same = state["pi_t"] == run.scorer.sha256()
+        met.append((state["round"], state["step"], state["largest"], saved, same))
+        with torch.no_grad():
+            next(run.scorer.parameters()).add_(0.1)
+        assert state["pi_t"] != run.scorer.sha256()  # control
+        state |= {"step": 3, "largest": 9.0}
+        run.charge("train")
+
+    monkeypatch.setattr(tm, "train", train)
+    monkeypatch.setattr(tm, "draw_curves", lambda run: None)  # there are no steps to draw
+    in_process([*SHORT, "--out", str(tmp_path / "run")])
+    assert met == [(number, 0, 0.0, None, True) for number in range(3)]
+    rounds = [json.loads(line) for line in open(tmp_path / "run" / "log.jsonl")]
+    assert [event["max_implied_reward"] for event in rounds] == [9.0] * 3
+
+
 def test_your_model_and_your_pairs_take_the_same_road(tmp_path):
     """A folder with a 200-token vocabulary and a .jsonl of text pairs: two rounds, three files."""
     tokenizer = word_tokenizer()
@@ -896,7 +1103,16 @@ def test_your_model_and_your_pairs_take_the_same_road(tmp_path):
         "1e-3",
     ]
     argv += "--rounds 2 --max_prompt 12 --max_response 9 --batch 8 --optimizer adafactor".split()
+    argv += ["--rows", "15"]
     in_process(argv)
+    met = {}
+    for path in (tmp_path / "out" / "play").glob("*/*"):
+        pages = torch.load(io.BytesIO(path.read_bytes().partition(b"\n")[2]))
+        met.setdefault(path.parent.name, set()).update(pages)
+    assert met["round-1"] == met["round-2"] and met["heldout-1"] == met["heldout-2"]
+    assert len(met["round-1"]) == 15 and len(met["heldout-1"]) == 4  # of 20
+    assert not met["round-1"] & met["heldout-1"]  # no held-out pair is trained on
+    assert len([*(tmp_path / "out" / "state").iterdir()]) == 2  # the page and the last state
     assert sorted(p.name for p in (tmp_path / "out").glob("round-*")) == ["round-1", "round-2"]
     assert [json.loads(x)["row"] for x in open(tmp_path / "out" / "dropped.jsonl")] == [21]
     rounds = [json.loads(x) for x in open(tmp_path / "out" / "log.jsonl") if '"round", ' in x]
@@ -998,6 +1214,8 @@ def test_the_order_of_a_round_depends_on_seed_round_and_epoch_and_covers_every_r
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(1, 12)) and epochs[0] != epochs[1]
     assert batches == tm.batches_of(run, rows)
     run.state["round"] = 2
+    assert batches != tm.batches_of(run, rows)
+    run.state["round"], run.config = 1, tm.Config(**vars(run.config) | dict(seed=1))
     assert batches != tm.batches_of(run, rows)
 
 
