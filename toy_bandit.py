@@ -283,7 +283,7 @@ goal    coverage_cost          frozen           2     100    error at C = 50: la
 
 def judge(name: str, values: dict, runs: int, expected: str = EXPECTED) -> dict:
     """{name: verdict}: what was measured beside what was expected."""
-    rows = [row.split(None, 5) for row in expected.splitlines() if f" {name} " in row]
+    rows = [row.split(None, 5) for row in expected.splitlines() if row.split()[1:2] == [name]]
     limits = {key: [float(low), float(high)] for _, _, key, low, high, _ in rows}
     holds = all(low <= values[key] <= high for key, (low, high) in limits.items())
     verdict = {"holds": holds, "value": values, "limit": limits, "runs": runs}

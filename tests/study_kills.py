@@ -694,7 +694,7 @@ def study(bench: Bench, quick: bool) -> tuple[dict, dict]:
 
     def judge(name: str, results: list[tuple[Counter, dict]], runs: int, parts: list[str]):
         values = sum((value for value, _ in results), Counter())
-        keys = [row.split()[2] for row in EXPECTED.splitlines() if f" {name} " in row]
+        keys = [row.split()[2] for row in EXPECTED.splitlines() if row.split()[1:2] == [name]]
         values = {key: values[key] for key in keys}
         claims.update(bandit.judge(name, values, runs, EXPECTED))
         data[name] = dict(zip(parts, (table for _, table in results)))

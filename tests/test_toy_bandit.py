@@ -854,6 +854,8 @@ def test_a_verdict_holds_just_within_its_limits():
         ]
     assert bandit.judge("sure", {"count": 0}, 1, ROWS)["sure"]["kind"] == "theorem"
     assert not bandit.judge("sure", {"count": 1}, 1, ROWS)["sure"]["holds"]
+    rows = ROWS + "goal other share 0 1 of what is sure to be wanted\n"  # names are no claims here
+    assert bandit.judge("sure", {"count": 0}, 1, rows)["sure"]["says"].count(";") == 0
     with pytest.raises(KeyError):
         bandit.judge("wanted", {"slope": -0.5}, 1, ROWS)  # a value that was expected is missing
 
