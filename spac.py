@@ -106,8 +106,7 @@ def token_logps(logits: Tensor, labels: Tensor) -> Tensor:
     if logits.shape[:-1] != labels.shape:
         raise ValueError(f"logits {tuple(logits.shape)} do not fit labels {tuple(labels.shape)}")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # models return bf16
-    chosen = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    return chosen - logits.logsumexp(-1)
+    return logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
 def sequence_logps(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
