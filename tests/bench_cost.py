@@ -104,7 +104,7 @@ def step_of(lm, sizes: Sizes, **options):
     """A function that does one training step."""
     run, rows = run_of(lm, sizes, **options)
     weights = list(run.scorer.train().parameters())
-    optimizer = torch.optim.AdamW(weights, lr=1e-6, weight_decay=0.0)
+    optimizer = tm.OPTIMIZERS["adamw"](weights, lr=1e-6, weight_decay=0.0)
 
     def step():
         tm.accumulate(run, rows)
