@@ -58,7 +58,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import spac
 
 CRITICS = {"smoothed": spac.smoothed_critic, "linear": spac.linear_critic}
-FUSED = partial(torch.optim.AdamW, fused=True)  # a fifth of the loop's time, on a CPU too
+FUSED = partial(torch.optim.AdamW, fused=True)  # one pass over the weights, on a CPU too
 OPTIMIZERS = {"adamw": FUSED, "adafactor": torch.optim.Adafactor}
 SFT_MODEL = "alignment-handbook/zephyr-7b-sft-full@ac6e600eefcce74f5e8bae1035d4f66019e93190"
 PAIRS = "HuggingFaceH4/ultrafeedback_binarized"
