@@ -274,6 +274,7 @@ def load_rows(source: str, tokenizer, stops, config: Config) -> tuple[list[Row],
 # -------------------------------------------------------- processes
 def start_processes() -> torch.device:
     """Joins torchrun's processes, or is a group of one."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: fewer faults, fewer holes
     gpu, index = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
     if gpu:
         torch.cuda.set_device(index)
@@ -306,7 +307,7 @@ class Scorer(nn.Module):
     Sharing writes [x, y+, y-, y'] in one row, so that the prompt is computed once: positions
     restart after x, and an additive mask hides the responses from one another."""
 
-    def __init__(self, lm: nn.Module, sharing: bool = False, logits_chunk: int = 256):
+    def __init__(self, lm: nn.Module, sharing: bool = False, logits_chunk: int = 128):
         super().__init__()
         self.lm, self.sharing, self.logits_chunk = lm, sharing, logits_chunk
 
