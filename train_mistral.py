@@ -519,9 +519,8 @@ class Run:
         weights = get_model_state_dict(lm, options=whole)  # empty but on rank 0
         if dist.get_rank() == 0:
             dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-            served = type(lm).from_pretrained(
-                None, config=lm.config, state_dict=weights, dtype=dtype
-            )
+            made_of = dict(config=lm.config, state_dict=weights, dtype=dtype)
+            served = type(lm).from_pretrained(None, **made_of)
             served.generation_config = lm.generation_config
             folder = self.out / f"round-{self.state['round']}"
             temporary = folder.with_name(folder.name + ".tmp")

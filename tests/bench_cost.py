@@ -9,8 +9,8 @@ explains them. CPU, fp32, one thread (CPU seconds), random weights. Writes OUT/b
 (with clock times, hence never twice the same). About eight minutes; --quick: two.
 
 Tried on tiny, did not pay (CPU seconds of a step, in turns):
- - Smaller chunks of the head, to stay in the cache: 128 positions cost what 256 do, 64 are 10 %
-   slower, 32 40 % (each chunk adds a whole gradient of the head's matrix).
+ - Other chunks of the head: 256 positions cost what 128 do and hold twice the logits; 64 are a
+   tenth slower, 32 half (each chunk adds a whole gradient of the head's matrix).
  - F.cross_entropy in token_logps: no faster than log_softmax and gather, and a label of -100
    would silently have log-probability 0.
  - An autograd function of our own for log-softmax: 4 % beyond log_softmax and gather, 14 lines.
@@ -69,7 +69,7 @@ SIZES = {  # hidden, inner, layers, vocabulary, heads, key-value heads
     "tiny": (256, 896, 4, 32_000, 4, 2),
     "wide": (2048, 7168, 1, 2064, 16, 4),  # not 2,048: the profile tells vocabulary from hidden
 }
-CHUNK = 256  # positions of the head at once
+CHUNK = 128  # positions of the head at once
 
 
 def model_of(hidden, inner, layers, vocabulary, heads, keys) -> torch.nn.Module:

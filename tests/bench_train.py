@@ -11,12 +11,13 @@ Every step sees the same pairs, so that the losses tell whether two trainers do 
 first, then what gradient and AdamW made of it. y' is given: sampling is no part of a step. A ratio
 is taken within a round; its median counts, and for speed and memory each the best TRL. Variants:
 
-    trl-VERSION          its reference model in memory, as by default; -precomputed: without it
+    trl-VERSION          its reference model in memory, as by default; -precomputed: without it;
+                         -huge: without it, and tensors on huge pages, which ours asks torch for
     two, three           responses of a pair in one row: DPO's work, SPAC's work
     two-rows, three-rows a row for each response
     two-rows-logits      and logits at every position, not chunks of the responses' positions
 
-Writes OUT/bench_train.json (with clock times, hence never twice the same). Linux. 25 minutes on a
+Writes OUT/bench_train.json (with clock times, hence never twice the same). Linux. 30 minutes on a
 quiet core with two versions of TRL and SmolLM2, 10 without; --quick, whose figures say nothing: 10
 seconds.
 """
@@ -219,10 +220,11 @@ def trl_steps(job: dict) -> dict:
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
     texts = [["".join(f" {names[token]}" for token in ids) for ids in row] for row in job["rows"]]
     pairs = [dict(prompt=x, chosen=chosen, rejected=other) for x, chosen, other, _ in texts]
+    precomputed = job["variant"].endswith(("-precomputed", "-huge"))
     config = trl.DPOConfig(
         job["out"], max_steps=1 + job["steps"], per_device_train_batch_size=len(pairs), beta=BETA,
         learning_rate=job["lr"], lr_scheduler_type="constant", max_grad_norm=CLIP, max_length=None,
-        precompute_ref_log_probs="precomputed" in job["variant"], bf16=False, use_cpu=True,
+        precompute_ref_log_probs=precomputed, bf16=False, use_cpu=True,
         gradient_checkpointing=job["recompute"], save_strategy="no", report_to="none",
         gradient_checkpointing_kwargs={"use_reentrant": False}, dataloader_pin_memory=False,
         model_init_kwargs={"dtype": "float32"}, logging_steps=1, disable_tqdm=True,
@@ -283,6 +285,8 @@ def jobs_of(config, peers: dict[str, str], temporary: Path) -> Iterator[dict]:
 def measure(jobs: list[dict]) -> list[dict]:
     """The measurements of a fresh process."""
     alone = dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
+    if jobs[0]["variant"].startswith("trl"):
+        alone |= dict(THP_MEM_ALLOC_ENABLE=str(int(jobs[0]["variant"].endswith("huge"))))
     command = [jobs[0]["python"], "-c", "import bench_train; bench_train.work()"]
     style = dict(cwd=HERE, env=os.environ | alone, capture_output=True, text=True)
     done = subprocess.run(command, input=json.dumps(jobs), **style)
@@ -393,7 +397,7 @@ def main() -> int:
         asking = [python, "-c", "from importlib.metadata import version; print(version('trl'))"]
         done = subprocess.run(asking, capture_output=True, text=True, check=True)
         name = f"trl-{done.stdout.strip()}"
-        peers |= {name: python, f"{name}-precomputed": python}
+        peers |= {variant: python for variant in (name, f"{name}-precomputed", f"{name}-huge")}
 
     with tempfile.TemporaryDirectory() as temporary:
         jobs = list(jobs_of(config, peers, Path(temporary)))

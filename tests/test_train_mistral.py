@@ -1225,3 +1225,24 @@ def test_importing_the_trainer_is_silent_and_touches_nothing(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     assert not list(tmp_path.iterdir())
+
+
+PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not PAGES.exists() or "[madvise]" not in PAGES.read_text(),
+    reason="a kernel that gives huge pages to who asks",
+)
+def test_tensors_of_a_process_on_a_cpu_lie_on_huge_pages_unless_its_user_says_no():
+    look = """if True:
+        import torch, train_mistral
+        train_mistral.start_processes()
+        tensor = torch.ones(2**24)
+        said = open("/proc/self/smaps_rollup").read().split("AnonHugePages:")[1]
+        print(int(said.split()[0]) * 1024 / tensor.nbytes)
+    """
+    for environment, least, most in (({}, 0.9, 3), ({"THP_MEM_ALLOC_ENABLE": "0"}, 0, 0.1)):
+        environment = os.environ | {"PYTHONPATH": str(Path(tm.__file__).parent)} | environment
+        done = subprocess.run([sys.executable, "-c", look], env=environment, capture_output=True)
+        assert least <= float(done.stdout) <= most, done.stderr
