@@ -17,7 +17,7 @@ is taken within a round; its median counts, and for speed and memory each the be
     two-rows, three-rows a row for each response
     two-rows-logits      and logits at every position, not chunks of the responses' positions
 
-Writes OUT/bench_train.json (with clock times, hence never twice the same). Linux. 30 minutes on a
+Writes OUT/bench_train.json (with clock times, hence never twice the same). Linux. 35 minutes on a
 quiet core with two versions of TRL and SmolLM2, 10 without; --quick, whose figures say nothing: 10
 seconds.
 """
