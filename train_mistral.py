@@ -473,10 +473,10 @@ class Run:
             rows.update(repr(row).encode())
         mine = {k: v for k, v in vars(self.config).items() if k not in ("out", "dry_run")}
         mine |= {"processes": dist.get_world_size(), "data_sha256": rows.hexdigest()}
-        self.state["run"] = mine | {"model_sha256": self.state["pi_t"]}
+        self.state["run"] = mine = mine | {"model_sha256": self.state["pi_t"]}
         if page.exists() or (self.out / "log.jsonl").exists():
             held = require(unseal(page), f"{page} {DAMAGED}")
-            pairs = [(k, held["run"].get(k), v) for k, v in self.state["run"].items()]
+            pairs = [(k, held["run"].get(k), v) for k, v in mine.items()]
             changed = "; ".join(f"{k} was {a}, is {b}" for k, a, b in pairs if a != b)
             require(not changed, f"{self.out} holds another run ({changed}): use a new --out")
             self.state |= held
@@ -493,8 +493,7 @@ class Run:
             require(free > need, lack)
             about = {m.__name__: m.__version__ for m in (torch, transformers, datasets)}
             about["model_commit"] = getattr(self.scorer.lm.config, "_commit_hash", None)
-            record = json.dumps(about | {"run": self.state["run"]}, indent=1)
-            (self.out / "run.json").write_text(record)
+            (self.out / "run.json").write_text(json.dumps(about | {"run": mine}, indent=1))
             for name, lines in self.state["logs"].items():  # lines of later steps come again
                 (self.out / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
         return saved.get("optimizer")
@@ -836,5 +835,6 @@ def main(config: Config) -> None:
 if __name__ == "__main__":
     try:
         main(parse())
+        dist.destroy_process_group()  # or gloo's threads may outlive the interpreter, and abort it
     except OSError as error:
         raise SystemExit(f"{error}\nMend this, then the same command goes on") from None
