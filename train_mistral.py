@@ -63,7 +63,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
-from transformers.utils.chat_template_utils import mark_control_tokens
+from transformers.utils import chat_template_utils as chats
 
 import spac
 
@@ -285,9 +285,9 @@ def render(tokenizer, stops: set[int], now, turns: list[dict], **options) -> str
     for turn in turns:
         names = sorted(never if turn["role"] == "assistant" else typed, key=len, reverse=True)
         pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
-        marked.append(mark_control_tokens(turn, pattern))
-    clock = {"strftime_now": now} if now else {}
-    return tokenizer.apply_chat_template(marked, tokenize=False, **clock, **options)
+        marked.append(chats.mark_control_tokens(turn, pattern))
+    chats._compile_jinja_template(template).globals["strftime_now"] = now or datetime.now().strftime
+    return tokenizer.apply_chat_template(marked, tokenize=False, **options)
 
 
 def encode(row, number: int, tokenizer, stops: set[int], config: Config, now=None) -> Row:
@@ -316,7 +316,7 @@ def encode(row, number: int, tokenizer, stops: set[int], config: Config, now=Non
             require(used, f"the template does not write {key}", ValueError)
         after = [content.partition(tokenizer.decode([stop]))[2] for stop in stops]
         require(not any(map(str.strip, after)), "an answer goes on after a stop token", ValueError)
-        ids, rest = ids[len(prompt) :], told.rpartition(content.strip())[2].strip()
+        ids, rest = ids[len(prompt) :], told.rpartition(content.strip() or told)[2].strip()
         ends = [i for i, token in enumerate(ids, 1) if token in stops]
         require(ends or not rest, f"the template ends an answer with {rest[:40]!r}, no stop token: "
                 "name it in generation_config.json's eos_token_id", ValueError)  # fmt: skip

@@ -14,8 +14,10 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from array import array
 from collections import Counter
+from datetime import datetime
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
@@ -163,6 +165,23 @@ def test_the_loss_of_a_batch_is_spacs(critic):
     assert torch.tensor([pair["loss"] for pair in told]) != pytest.approx(wrong, rel=1e-4)
 
 
+def test_two_samples_a_prompt_give_the_mean_of_two_losses():
+    rows = rows_of(5)
+    run, played = run_of(small_model(), rows, lam=2.0), fake_play(rows, samples=2)
+    both = tm.accumulate(run, played)
+    for k in range(2):
+        one = [
+            row._replace(generated=[row.generated[k]], logps=[*row.logps[:2], row.logps[2 + k]])
+            for row in played
+        ]
+        for pair, half in zip(both, tm.accumulate(run, one)):
+            for name in ("loss", "critic", "kl", "logp_generated"):
+                pair[name] -= half[name] / 2
+            assert pair["preference"] == pytest.approx(half["preference"], rel=1e-5)
+    assert max(abs(p[n]) for p in both for n in ("loss", "critic", "kl", "logp_generated")) < 1e-4
+    assert len({half["critic"] for half in tm.accumulate(run, one)}) == 5  # control: they differ
+
+
 def test_what_is_logged_of_a_pair_is_what_its_name_says():
     rows = rows_of(6)
     run, played = run_of(small_model(), rows), fake_play(rows)
@@ -241,6 +260,58 @@ def test_micro_batches_chunks_padding_and_checkpointing_leave_the_gradient_as_it
     halves = [gradient(run, played[:8]), gradient(run, played[8:])]
     assert apart(sum(halves) / 2, reference) > 1e-3
     assert apart((8 * halves[0] + 3 * halves[1]) / 11, reference) < 1e-6
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_no_gradient_outlives_its_step(tmp_path, monkeypatch, optimizer):
+    """Weak references to every gradient that a step used; at the next one none is alive."""
+    rows, used, alive, real = rows_of(12), [], [], tm.accumulate
+    run = run_of(small_model(), rows, tmp_path, batch=4, lr=1e-3, epochs=1, optimizer=optimizer)
+
+    def watched(run, batch):
+        alive.append(sum(ref() is not None for ref in used))
+        told = real(run, batch)
+        used.extend(weakref.ref(weight.grad) for weight in run.scorer.parameters())
+        return told
+
+    monkeypatch.setattr(tm, "accumulate", watched)
+    monkeypatch.setattr(tm, "check_step", lambda *_: None)
+    tm.train(run, fake_play(rows), None)
+    assert alive == [0, 0, 0] and len(used) == 3 * len([*run.scorer.parameters()])
+    assert all(weight.grad is None for weight in run.scorer.parameters())
+    held = real(run, fake_play(rows[:4]))  # control: one that nobody drops is seen
+    last = [weakref.ref(weight.grad) for weight in run.scorer.parameters()]
+    assert held and all(ref() is not None for ref in last)
+
+
+def test_bf16_gradients_are_fp32s_to_a_few_per_cent_and_recomputing_leaves_them_as_they_are():
+    """Rounding to 8 bits: each product errs by up to 2^-8, the gradient by a few of these."""
+    rows = rows_of(11)
+    played, flat = fake_play(rows), {}
+    for bf16 in (False, True):
+        for recompute in (False, True):
+            run = run_of(small_model(), rows, micro_batch=4)
+            tm.shard(run.scorer, torch.device("cpu"), tm.Config(bf16=bf16, recompute=recompute))
+            run.scorer.zero_grad()
+            tm.accumulate(run, played)
+            flat[bf16, recompute] = torch.cat(
+                [tm.local(p.grad).flatten() for p in run.scorer.parameters()]
+            )
+            assert all(tm.local(p).dtype == torch.float32 for p in run.scorer.parameters())
+        assert torch.equal(flat[bf16, False], flat[bf16, True])
+    assert 1e-4 < apart(flat[True, True], flat[False, True]) < 0.05
+
+
+def test_recomputed_layers_run_twice_and_others_once():
+    rows, passes = rows_of(4), []
+    for recompute in (False, True):
+        lm = small_model()
+        lm.model.layers[0].self_attn.register_forward_hook(lambda *_: passes.append(1))
+        run = run_of(lm, rows)
+        tm.shard(run.scorer, torch.device("cpu"), tm.Config(recompute=recompute))
+        passes.clear()
+        tm.accumulate(run, fake_play(rows))
+        assert len(passes) == 1 + recompute
 
 
 def test_padding_changes_no_score_on_either_side_and_of_any_amount():
@@ -567,6 +638,132 @@ def test_control_tokens_typed_as_text_stay_text():
     assert 2 in naive and 3 in naive
 
 
+TURNS = "{{ bos_token }}{% for m in messages %}{{ m.role }}:"
+TURNS += "BODY{% endfor %}{{ 'assistant:' if add_generation_prompt }}"
+KEEPS = TURNS.replace(
+    "BODY",
+    "{% if m.role != 'assistant' %}{{ m.content }}{% else %}{{ m.content.split('</think>')[-1] "
+    "if '</think>' in m.content and not loop.last else m.content }}{{ eos_token }}{% endif %}",
+)
+SPLITS = TURNS.replace(  # thoughts taken out and written back, from the text or their own field
+    "BODY",
+    "{% if m.role != 'assistant' %}{{ m.content }}{% else %}{% set c = m.content %}"
+    "{% set r = m.reasoning_content or '' %}{% if '</think>' in c %}"
+    "{% set r = c.split('</think>')[0].split('<think>')[-1] %}{% set c = c.split('</think>')[-1] %}"
+    "{% endif %}<think>\n{{ r.strip('\n') }}\n</think>\n\n{{ c.lstrip('\n') }}"
+    "{{ eos_token }}{% endif %}",
+)
+LOSES = KEEPS.replace(" and not loop.last", "")
+CALLS = KEEPS.replace(
+    "{{ eos_token }}",
+    "{% for c in m.tool_calls %}<call>{{ c.function.name }}</call>{% endfor %}{{ eos_token }}",
+)
+
+
+def thinking_tokenizer(template, *names):
+    """Thinking is named by tokens that are not special, as Qwen's and DeepSeek's are."""
+    tokenizer = word_tokenizer(template=template)
+    tokenizer.add_tokens([*names] or ["<think>", "</think>", "<call>", "</call>"])
+    return tokenizer
+
+
+def ids_by_the_library(tokenizer, answer):
+    """What the template and the tokenizer make of a trusted conversation, behind its prompt."""
+    turns = [{"role": "user", "content": "the user"}, {"role": "assistant"} | answer]
+    options = dict(return_dict=False)
+    prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, **options)
+    whole = tokenizer.apply_chat_template(turns, **options)
+    assert whole[: len(prompt)] == prompt
+    return whole[len(prompt) :]
+
+
+@pytest.mark.parametrize("template", [KEEPS, SPLITS, CALLS])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"content": "<think>\nask\n</think>\n\nthe answer"},
+        {"content": "the answer", "reasoning_content": "ask"},
+        {"content": "", "tool_calls": [{"function": {"name": "ask"}}]},
+    ],
+)
+def test_an_assistants_turn_is_what_the_model_would_write_or_the_row_is_dropped(template, answer):
+    tokenizer = thinking_tokenizer(template)
+    row = {"prompt": "the user", "chosen": [{"role": "assistant"} | answer], "rejected": "no"}
+    reads = {KEEPS: ("content",), SPLITS: ("reasoning_content",), CALLS: ("tool_calls",)}[template]
+    if {"reasoning_content", "tool_calls"} & answer.keys() - {*reads}:
+        with pytest.raises(ValueError, match="does not write (reasoning_content|tool_calls)"):
+            tm.encode(row, 1, tokenizer, {2}, tm.Config(max_prompt=64, max_response=64))
+        return
+    ids = tm.encode(row, 1, tokenizer, {2}, tm.Config(max_prompt=64, max_response=64)).chosen
+    assert list(ids) == ids_by_the_library(tokenizer, answer)
+    names = [tokenizer.convert_tokens_to_ids(name) for name in ("<think>", "</think>", "<call>")]
+    assert {*names} & {*ids}  # control: they hold the tokens that are in question
+
+
+def test_what_a_user_typed_stays_text_where_an_assistants_are_tokens():
+    tokenizer = thinking_tokenizer(KEEPS)
+    end = tokenizer.convert_tokens_to_ids("</think>")
+    turns = [("user", "</think>"), ("assistant", "a</think>the answer"), ("user", "<s></think>")]
+    prompt = [{"role": role, "content": text} for role, text in turns]
+    row = {"prompt": prompt, "chosen": "x</think>yes", "rejected": "no"}
+    made = tm.encode(row, 1, tokenizer, {2}, tm.Config(max_prompt=99, max_response=64))
+    assert end not in made.prompt and [*made.chosen].count(end) == 1
+    assert tokenizer.decode(made.prompt).count("</think>") == 2  # as letters; the old thought went
+    assert [*made.prompt].count(1) == 1
+    naive = tokenizer.apply_chat_template(prompt, return_dict=False)  # control
+    assert naive.count(end) == 2
+
+
+def test_a_template_that_drops_thoughts_or_a_turn_drops_the_row():
+    row = {"prompt": "the user", "chosen": "<think>ask</think>the answer", "rejected": "no"}
+    config = tm.Config(max_prompt=64, max_response=64)
+    with pytest.raises(ValueError, match="not write all of assistant's text"):
+        tm.encode(row, 1, thinking_tokenizer(LOSES), {2}, config)
+    assert tm.encode(PAIR, 1, thinking_tokenizer(LOSES), {2}, config)  # control: nothing to drop
+    deaf = KEEPS.replace("{{ m.content }}{% else", "{{ m.content if m.role == 'user' }}{% else")
+    with pytest.raises(ValueError, match="not write all of system's text"):
+        tm.encode(PAIR | {"system": "answer"}, 1, thinking_tokenizer(deaf), {2}, config)
+
+
+PHI = "{% for m in messages %}<|user|>{{ m.content }}<|end|>\n{% endfor %}"
+PHI += "{{ '<|user|>' if add_generation_prompt else eos_token }}"
+LLAMA = "{{ bos_token }}{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}<|user|>"
+
+
+def test_a_response_ends_at_its_first_stop_token_as_a_sample_does():
+    for template in (PHI, LLAMA):
+        tokenizer = thinking_tokenizer(template, "<|end|>")
+        end = tokenizer.convert_tokens_to_ids("<|end|>")
+        stops = {2, end}
+        row = tm.encode(PAIR, 1, tokenizer, stops, tm.Config(max_prompt=64, max_response=64))
+        for ids, text in ((row.chosen, "the answer"), (row.rejected, "an assistant")):
+            assert ids[-1] == end and not stops & {*ids[:-1]}
+            assert tokenizer.decode(ids[:-1]) == text
+    row = PAIR | {"chosen": "the answer<|end|>"}  # a trace of another template: the same answer
+    made = tm.encode(row, 1, tokenizer, stops, tm.Config(max_prompt=64, max_response=64))
+    assert made.chosen == tm.encode(PAIR, 1, tokenizer, stops, tm.Config(max_response=64)).chosen
+
+
+def test_an_end_of_turn_that_is_no_stop_token_is_named():
+    tokenizer = thinking_tokenizer(LLAMA, "<|end|>")
+    with pytest.raises(ValueError, match=r"'<\|end\|><\|user\|>', no stop token: name it in gen"):
+        tm.encode(PAIR, 1, tokenizer, {2}, tm.Config())
+    plain = thinking_tokenizer("{% for m in messages %}{{ m.content }}\n::\n{% endfor %}")
+    with pytest.raises(ValueError, match="'::', no stop token"):
+        tm.encode(PAIR, 1, plain, {2}, tm.Config())
+    silent = thinking_tokenizer("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    assert tm.encode(PAIR, 1, silent, {2}, tm.Config(max_response=64)).chosen[-1] == 2
+
+
+def test_a_templates_clock_stands_still_for_a_run():
+    clock = "{{ strftime_now('%d %b %Y') }}" + KEEPS
+    tokenizer, config = thinking_tokenizer(clock), tm.Config(max_prompt=64, max_response=64)
+    days = [datetime(2031, 5, day).strftime for day in (4, 4, 5)]
+    rows = [tm.encode(PAIR, 1, tokenizer, {2}, config, day) for day in days]
+    assert rows[0] == rows[1] != rows[2]  # and a control
+    assert "04 May 2031" in tokenizer.decode(rows[0].prompt)
+
+
 @pytest.mark.parametrize("max_prompt", [2, 3, 5, 64])
 @pytest.mark.parametrize("max_response", [1, 2, 3, 64])
 def test_truncation_keeps_the_bos_the_prompts_end_and_the_responses_beginning(
@@ -601,7 +798,8 @@ BAD = [
     ("no chosen", [{}, PAIR | {"chosen": None}, PAIR | {"chosen": 5}, PAIR | {"chosen": []}]),
     ("no rejected", [PAIR | {"rejected": {}}, PAIR | {"rejected": 1.5}]),
     ("no prompt", [{"chosen": "a", "rejected": "b"}, PAIR | {"prompt": 3}]),
-    ("wrong role order", [PAIR | {"prompt": []}, PAIR | {"prompt": [A]}, PAIR | {"prompt": [S]}]),
+    ("no prompt", [PAIR | {"prompt": []}]),
+    ("wrong role order", [PAIR | {"prompt": [A]}, PAIR | {"prompt": [S]}]),
     ("wrong role order", [{"chosen": [U, U, A], "rejected": [U, U, B]}, PAIR | {"chosen": [U]}]),
     ("wrong role order", [PAIR | {"chosen": [{"role": ["x"], "content": "x"}]}]),
     ("an empty or no text", [PAIR | {"chosen": ["x"]}, PAIR | {"chosen": [{"role": "user"}]}]),
@@ -609,7 +807,7 @@ BAD = [
     ("an empty or no text", [PAIR | {"chosen": " \n"}, PAIR | {"prompt": ""}]),
     ("contradicts", [{"prompt": "other", "chosen": [U, A], "rejected": [U, B]}]),
     ("contradicts", [{"prompt": [U, A, U], "chosen": [U, A, U, A], "rejected": [S, U, B]}]),
-    ("contradicts", [{"system": "x", "chosen": [S, U, A], "rejected": [S, U, B]}]),
+    ("wrong role order", [{"system": "x", "chosen": [S, U, A], "rejected": [S, U, B]}]),
     ("not read: input", [PAIR | {"input": "and this"}]),
     ("not read: instruction, history", [PAIR | {"instruction": "x", "history": [["a", "b"]]}]),
     ("the row has 'instruct'", [{"instruct": "a", "chosen": "b", "rejected": "c"}]),
