@@ -970,7 +970,7 @@ def plan(run: Run) -> int:
     held = training * weights / world / 1e9
     say(f"{weights / 1e9:.4f}e9 parameters: {held:.2f} GB a process with gradients and "
         f"{config.optimizer}, {weights / 5e8:.2f} more to play in bf16")  # fmt: skip
-    return (2 * state + config.rounds * (2 if config.bf16 else 4)) * weights
+    return (2 * state + (1 + config.rounds) * (2 if config.bf16 else 4)) * weights
 
 
 # -------------------------------------------------------- the story

@@ -4,10 +4,13 @@ Oracles: the model's own logits in a slow loop, autograd on DPO's formula writte
 counts, a second process, a second run that nothing interrupted.
 """
 
+import gzip
+import io
 import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -27,13 +30,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from jinja2 import TemplateError
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertLMHeadModel,
+    BloomConfig,
     GenerationConfig,
+    Llama4TextConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
+    MistralForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
@@ -929,6 +940,178 @@ def test_a_model_that_cannot_be_read_stops_with_a_remedy(tmp_path):
     in_process([*argv, str(tmp_path / "bare")])
 
 
+def test_every_form_of_a_file_gives_the_same_rows(tmp_path):
+    """.json as an array, .jsonl with a byte-order mark, gzip, parquet, a data set's own folder."""
+    rows = [PAIR, PAIR | {"chosen": ""}, PAIR | {"prompt": "the user \u00e9"}]
+    lines = "\n".join(map(json.dumps, rows)).encode()
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + lines)
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "lines.json").write_bytes(lines)
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "d.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train_prefs": table}).save_to_disk(tmp_path / "splits")
+    names = "a.json b.jsonl c.jsonl.gz lines.json d.parquet saved splits".split()
+    told = []
+    for name in names:
+        config = tm.parse(["--preset", "mistral-7b", "--data", str(tmp_path / name)])
+        kept, dropped = tm.load_rows(config.data, word_tokenizer(), {2}, config)
+        told.append((kept, [line["reason"] for line in dropped]))
+    assert all(one == told[0] for one in told) and [row.number for row in told[0][0]] == [1, 3]
+
+
+def test_data_that_is_not_there_is_called_that_and_columns_not_read_are_named(tmp_path, capsys):
+    config = tm.parse(["--preset", "mistral-7b", "--data", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match="no such file or folder here"):
+        tm.load_rows(config.data, word_tokenizer(), {2}, config)
+    (tmp_path / "a.json").write_text(json.dumps([PAIR | {"score": 3, "source": "x"}]))
+    tm.load_rows(str(tmp_path / "a.json"), word_tokenizer(), {2}, config)
+    assert "columns not read: score, source" in capsys.readouterr().out
+
+
+FEW = dict(vocab_size=24, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+DIGITS = [{"prompt": f"{i:06d}", "chosen": "123456", "rejected": f"{i + 1:06d}"} for i in range(12)]
+
+
+def a_run_with(folder, lm, tokenizer=None, rows=DIGITS, **options):
+    """The words of a run of the preset for your model, with lm saved in a folder."""
+    folder.mkdir(exist_ok=True)
+    lm.save_pretrained(folder / "model")
+    (tokenizer or tm.CopyDigits().tokenizer()).save_pretrained(folder / "model")
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = dict(model=folder / "model", data=folder / "pairs.jsonl", out=folder / "out")
+    settings |= dict(rounds=1, batch=6, max_response=9) | options
+    return ["--preset", "mistral-7b"] + [
+        str(word) for name, value in settings.items() for word in (f"--{name}", value)
+    ]
+
+
+def edited(argv, file="config.json", **changes):
+    page = Path(argv[argv.index("--model") + 1]) / file
+    page.write_text(json.dumps(json.loads(page.read_text()) | changes))
+    return argv
+
+
+def without(argv, *names, **added):
+    """The same model, whose file of weights lacks some, or has others."""
+    path = Path(argv[argv.index("--model") + 1]) / "model.safetensors"
+    weights = {k: v for k, v in load_file(path).items() if k not in names} | added
+    save_file(weights, path, metadata={"format": "pt"})
+    return argv
+
+
+def test_a_model_that_is_not_whole_or_not_causal_is_refused_and_the_reason_is_named(tmp_path):
+    """(words of the refusal, whether the shape alone tells, the run)."""
+    lm = small_model()
+    odd = {"model.norm.weight": torch.full((32,), math.nan)}
+    reward = MistralForSequenceClassification(lm.config)
+    bert = BertForMaskedLM(BertConfig(**FEW, hidden_size=32, num_hidden_layers=1,
+                                      num_attention_heads=4, intermediate_size=32))  # fmt: skip
+    four_bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    cases = [
+        (
+            "lacks.* lm_head.weight",
+            False,
+            without(a_run_with(tmp_path / "a", lm), "lm_head.weight"),
+        ),
+        ("norm.weight.* is not finite", False, without(a_run_with(tmp_path / "b", lm), **odd)),
+        (
+            "MistralForSequenceClass.*ForCausalLM is needed",
+            True,
+            a_run_with(tmp_path / "c", reward),
+        ),
+        ("BertForMaskedLM.* is needed", True, a_run_with(tmp_path / "d", bert)),
+        ("quantized", True, edited(a_run_with(tmp_path / "e", lm), quantization_config=four_bits)),
+        ("shape, .*embed_tokens", False, edited(a_run_with(tmp_path / "f", lm), vocab_size=23)),
+        ("cannot read --model", True, edited(a_run_with(tmp_path / "g", lm), model_type="unheard")),
+    ]
+    for reason, by_shape, argv in cases:
+        for words in ([*argv, "--dry_run"], argv):
+            if by_shape or words is argv:
+                with pytest.raises(SystemExit, match=reason):
+                    in_process(words)
+            else:
+                in_process(words)
+        assert not (Path(argv[argv.index("--out") + 1]) / "play").exists()
+    in_process(a_run_with(tmp_path / "whole", lm))  # control
+
+
+def test_a_model_that_looks_ahead_is_refused(tmp_path):
+    """BERT, saved as what it is not: its first token's logits change with the rest of the row."""
+    shape = BertConfig(**FEW, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                       intermediate_size=32, initializer_range=0.5)  # fmt: skip
+    for decoder in (False, True):
+        shape.is_decoder = decoder
+        torch.manual_seed(0)
+        argv = a_run_with(tmp_path / f"{decoder}", BertLMHeadModel(shape))
+        if decoder:  # control: it may not look ahead, but its head is more than a matrix
+            argv = [*argv, "--dry_run"]
+            in_process(argv)
+        else:
+            with pytest.raises(SystemExit, match="looks ahead"):
+                in_process(argv)
+
+
+def test_tokens_and_positions_that_the_model_lacks_are_named_before_anything_is_done(tmp_path):
+    larger = tm.CopyDigits().tokenizer()
+    larger.add_tokens(["x", "y"])
+    rows = [*DIGITS, {"prompt": "1", "chosen": "y", "rejected": "2"}]
+    argv = a_run_with(tmp_path / "a", small_model(), larger, rows, heldout=1)
+    for words in ([*argv, "--dry_run"], argv):
+        with pytest.raises(SystemExit, match="row 13 has the token 25 'y' and the model 24 rows"):
+            in_process(words)
+    argv = a_run_with(tmp_path / "b", small_model(max_position_embeddings=14))
+    for words in ([*argv, "--dry_run"], argv):
+        with pytest.raises(
+            SystemExit, match="row 1 takes 15 positions and the model has 14: lower"
+        ):
+            in_process(words)
+    in_process(a_run_with(tmp_path / "c", small_model(max_position_embeddings=15)))
+    drawn = [json.loads(line) for line in open(tmp_path / "c" / "out" / "log.jsonl")]
+    assert max(e["length"] for e in drawn if e["event"] == "round") <= 15 - 8  # y' ends there too
+
+
+def test_limits_are_found_wherever_in_a_config_they_stand():
+    lm = small_model(sliding_window=9)
+    assert tm.least(lm, "sliding_window") == 9
+    lm.config = type("Outer", (), {"text_config": lm.config})()  # the modules know their own
+    assert tm.least(lm, "sliding_window") == 9 and tm.least(lm, "nothing") == math.inf
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mamba", "llama4"])
+def test_a_model_that_takes_no_mask_of_ours_scores_a_row_each(tmp_path, capsys, kind):
+    few = FEW | dict(hidden_size=32)
+    size = few | dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    shape = dict(
+        bloom=lambda: BloomConfig(**few, n_layer=2, n_head=4),
+        mamba=lambda: MambaConfig(**few, num_hidden_layers=2, state_size=8),
+        llama4=lambda: Llama4TextConfig(
+            **size, head_dim=8, intermediate_size=64, intermediate_size_mlp=64,
+            num_local_experts=2, attention_chunk_size=512, interleave_moe_layer_step=1,
+        ),
+    )[kind]()  # fmt: skip
+    torch.manual_seed(0)
+    in_process(a_run_with(tmp_path, AutoModelForCausalLM.from_config(shape)))
+    said = capsys.readouterr().out
+    assert ("take a row each" in said) == (kind != "llama4") and "done: " in said
+
+
+def test_sharing_is_decided_once_and_kept(tmp_path, monkeypatch, capsys):
+    rows = rows_of(4)
+    run = run_of(small_model(), rows)
+    tm.check_model(run)
+    assert run.state["sharing"] and run.scorer.sharing
+    monkeypatch.setattr(tm, "hide", lambda *_: 1 / 0)  # what would now decide otherwise
+    again = run_of(small_model(), rows)
+    again.state["sharing"] = True
+    tm.check_model(again)
+    assert again.scorer.sharing
+    fresh = run_of(small_model(), rows)  # control
+    tm.check_model(fresh)
+    assert not fresh.scorer.sharing and fresh.state["sharing"] is False
+
+
 def test_a_template_that_refuses_or_rewrites_drops_the_row():
     refuses = word_tokenizer(template="{{ raise_exception('no') }}")
     rewrites = word_tokenizer(template="{{ messages | length }}{{ messages[-1].content }}</s>")
@@ -1136,6 +1319,38 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(straight, tmp_path, proces
     assert not list(out.rglob("*.tmp")) or (out / "state" / "page").exists()
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_in_bf16_with_recomputed_layers_a_killed_run_ends_as_if_nothing_had_happened(
+    tmp_path, processes
+):
+    """The whole path as a GPU takes it: SFT, play, train, save; one kill in the last round."""
+    argv, ends = [*SHORT, "--bf16", "--recompute"], []
+    for name, lines in (("straight", None), ("killed", 9)):
+        out = tmp_path / name
+        started = start([*argv, "--out", str(out)], tmp_path / f"said-{name}", processes)
+        log = out / "log.jsonl"
+        while lines and started[0].is_alive():
+            if log.exists() and len(log.read_bytes().splitlines()) >= lines:
+                for process in started:
+                    process.kill()
+                assert -signal.SIGKILL in finish(started)
+                started = start([*argv, "--out", str(out)], tmp_path / f"said-{name}", processes)
+                break
+            time.sleep(0.002)
+        assert finish(started) == [0] * processes, (tmp_path / f"said-{name}.0").read_text()
+        ends.append(result(out))
+    assert ends[0] == ends[1]
+    weights = load_file(tmp_path / "killed" / "round-2" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    part = tm.unseal(next((tmp_path / "killed" / "state").glob("*-0")))["model"]
+    assert {tm.local(weight).dtype for weight in part.values()} == {torch.float32}  # masters
+    losses = [event["loss"] for event in ends[0][0] if event["event"] == "step"]
+    in_fp32 = [*SHORT, "--out", str(tmp_path / "fp32")]
+    in_process(in_fp32)
+    exact = [e["loss"] for e in result(tmp_path / "fp32")[0] if e["event"] == "step"]
+    assert losses == pytest.approx(exact, rel=0.05) and losses != exact  # control: bf16 was on
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])  # Ctrl-C is the latter
 def test_a_run_told_to_stop_saves_and_leaves_and_goes_on(straight, tmp_path, number):
     argv, out = [*SHORT, "--out", str(tmp_path / "run")], tmp_path / "run"
@@ -1200,12 +1415,63 @@ def test_another_argument_or_world_size_in_the_same_folder_is_refused(straight, 
     before = result(tmp_path / "run")
     assert finish(start(argv, tmp_path / "said", 2)) == [1, 1]
     assert "processes was 1, is 2" in (tmp_path / "said.0").read_text()
-    with pytest.raises(SystemExit, match="lam was 5.0, is 7.0"):
-        in_process([*argv, "--lam", "7"])
-    with pytest.raises(SystemExit, match="data_sha256 was|seed was"):
-        in_process([*argv, "--seed", "1"])
+    for words, told in (
+        (["--lam", "7"], "lam was 5.0, is 7.0"),
+        (["--generate_batch", "8"], "generate_batch was 16, is 8"),  # samples were drawn by it
+        (["--seed", "1"], "seed was 0, is 1; other rows; other weights"),
+        (["--bf16"], "bf16 was False, is True"),
+    ):
+        with pytest.raises(SystemExit, match=told) as refusal:
+            in_process([*argv, *words])
+        assert not re.search("[0-9a-f]{20}", str(refusal.value))  # words, no digests
     in_process(argv)  # control: the same command has nothing left to do, and does nothing
     assert result(tmp_path / "run") == before
+
+
+def test_what_changes_no_result_may_change_and_rounds_may_be_added(straight, tmp_path):
+    argv, out = copy_run(straight, tmp_path / "run"), tmp_path / "run"
+    more = "--rounds 3 --micro_batch 2 --checkpoint_every 9 --recompute".split()
+    in_process([*argv, *more])
+    longer = result(out)
+    assert longer[0][: len(result(straight / "1")[0])] == result(straight / "1")[0]
+    assert longer[1] == result(straight / "1")[1] and (out / "round-3").exists()
+    whole = [*SHORT, "--out", str(tmp_path / "whole"), "--rounds", "3"]
+    in_process(whole)
+    steps = [
+        [e["loss"] for e in r[0] if e["event"] == "step"]
+        for r in (longer, result(tmp_path / "whole"))
+    ]
+    assert steps[0] == pytest.approx(steps[1], rel=1e-4)  # other micro-batches: other last bits
+    assert json.loads((out / "run.json").read_text())["run"]["micro_batch"] == 2
+
+
+def test_after_out_of_memory_in_sft_other_batches_may_be_drawn(tmp_path, monkeypatch):
+    argv, real = [*SHORT, "--out", str(tmp_path)], tm.accumulate
+    monkeypatch.setattr(tm, "accumulate", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        in_process(argv)
+    monkeypatch.setattr(tm, "accumulate", real)
+    in_process([*argv, "--generate_batch", "8", "--micro_batch", "4"])
+    assert (tmp_path / "round-2").exists()
+
+
+def test_the_day_does_not_change_a_runs_identity(tmp_path, monkeypatch):
+    """The template prints the clock; the second command is given years later."""
+    tokenizer = tm.CopyDigits().tokenizer()
+    day = "{{ strftime_now('%Y') }}"
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ bos_token }}", "{{ bos_token }}" + day
+    )
+    argv = a_run_with(tmp_path, small_model(), tokenizer)
+    in_process(argv)
+    later = type("Later", (datetime,), {"now": classmethod(lambda cls: cls(2077, 1, 1))})
+    monkeypatch.setattr(tm, "datetime", later)
+    in_process([*argv, "--rounds", "2"])
+    prompts = {json.loads(x)["prompt"][:4] for x in open(tmp_path / "out" / "samples.jsonl")}
+    assert len(prompts) == 1 and prompts != {"2077"}
+    argv[argv.index("--out") + 1] = str(tmp_path / "fresh")  # control: a new run has a new day
+    in_process(argv)
+    assert json.loads(open(tmp_path / "fresh" / "samples.jsonl").readline())["prompt"][:4] == "2077"
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
@@ -1428,6 +1694,160 @@ def test_a_folder_in_use_is_refused_at_once_and_left_alone(straight, tmp_path):
     assert result(out)[0] == result(straight / "1")[0]
 
 
+def rank_zero_reads(rank, port, argv, out):
+    os.environ |= dict(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    torch.set_num_threads(1)
+    if rank:  # a rank that reads any weights dies
+        AutoModelForCausalLM.from_pretrained = lambda *_, **__: os._exit(9)
+    device, config = tm.start_processes(), tm.parse(argv)
+    scorer = tm.Scorer(tm.load_model(config)[0])
+    assert next(scorer.parameters()).is_meta == (rank > 0)
+    tm.shard(scorer, device, config)
+    whole = {name: weight.full_tensor() for name, weight in scorer.lm.named_parameters()}
+    buffers = {name: buffer for name, buffer in scorer.lm.named_buffers()}
+    torch.save(whole | buffers, f"{out}-{rank}")
+    logps = scorer([(array("i", [1, 5, 6]), [array("i", [7, 8, 9])])])
+    torch.save(logps.detach(), f"{out}-logps-{rank}")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_rank_reads_the_weights_and_the_others_get_theirs_from_it(tmp_path, tied):
+    lm = small_model(tie_word_embeddings=tied)
+    argv, context = a_run_with(tmp_path, lm), get_context("forkserver")
+    context.set_forkserver_preload(["train_mistral"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started = [
+        context.Process(target=rank_zero_reads, args=(r, port, argv, str(tmp_path / "rank")))
+        for r in range(2)
+    ]
+    for process in started:
+        process.start()
+    assert finish(started) == [0, 0]
+    expected = dict(lm.named_parameters()) | dict(lm.named_buffers())
+    for rank in range(2):
+        got = torch.load(tmp_path / f"rank-{rank}")
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[name], expected[name]) for name in got)
+        own = tm.Scorer(lm)([(array("i", [1, 5, 6]), [array("i", [7, 8, 9])])])
+        assert torch.load(tmp_path / f"rank-logps-{rank}").item() == pytest.approx(
+            own.item(), abs=1e-5
+        )
+
+
+def test_a_model_that_rank_0_cannot_read_stops_all_ranks(tmp_path):
+    argv = without(a_run_with(tmp_path, small_model()), "lm_head.weight")
+    assert finish(start(argv, tmp_path / "said", 2)) == [1, 1]
+    assert "lacks, or has in another shape, lm_head.weight" in (tmp_path / "said.1").read_text()
+
+
+@pytest.mark.parametrize("optimizer, live, saved", [("adamw", 16, 12), ("adafactor", 8, 4)])
+def test_bytes_a_parameter_are_those_of_the_table(tmp_path, monkeypatch, optimizer, live, saved):
+    """Live at a step: 4 of weights, 4 of gradients, 8 or next to none of the optimizer. In a saved
+    state 12 or 4; the plan's disk is what two states and all rounds take."""
+    rows, seen, sizes, kind = rows_of(8), [], [], tm.OPTIMIZERS[optimizer]
+    lm = small_model(hidden_size=128, intermediate_size=256)
+    settings = dict(batch=4, epochs=1, rounds=1, optimizer=optimizer, checkpoint_every=1)
+    run = run_of(lm, rows, tmp_path, **settings)
+    save, count = run.save_state, sum(weight.numel() for weight in lm.parameters())
+
+    def watched(*args, **options):
+        made = kind(*args, **options)
+        step = made.step
+
+        def counted():
+            step()
+            tensors = [t for s in made.state.values() for t in s.values() if t.dim()]
+            tensors += [t for g in made.param_groups for p in g["params"] for t in (p, p.grad)]
+            seen.append(sum(t.nbytes for t in tensors))
+
+        made.step = counted
+        return made
+
+    def noted(optimizer=None):
+        save(optimizer)
+        sizes.append(sum(path.stat().st_size for path in (tmp_path / "state").glob("*-0")))
+
+    monkeypatch.setitem(tm.OPTIMIZERS, optimizer, watched)
+    monkeypatch.setattr(tm, "check_step", lambda *_: None)
+    run.save_state = noted
+    run.open_folder(None, 0)
+    tm.train(run, fake_play(rows), None)
+    assert seen[0] / count == pytest.approx(live, rel=0.03)
+    assert sizes[0] / count == pytest.approx(saved, rel=0.05)
+    run.save_round()
+    folder = (tmp_path / "round-1" / "model.safetensors").stat().st_size  # and round-0's
+    assert tm.plan(run) == pytest.approx(2 * sizes[0] + 2 * folder, rel=0.05)
+
+
+@pytest.mark.parametrize("letters", ["ascii", "latin-1", "utf-8"])
+def test_no_terminal_ends_a_run(tmp_path, letters, monkeypatch):
+    """Words that it cannot print are escaped; and one that has gone is none."""
+    heard = (tmp_path / "heard").open("wb")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(heard, encoding=letters))
+        tm.say("\u00e9 \u4f60 \ud800")
+        sys.stdout.detach()
+    heard.close()
+    text = (tmp_path / "heard").read_bytes().decode(letters)
+    assert ("\u4f60" in text) == (letters == "utf-8") and "\\ud800" in text
+    reader, writer = os.pipe()
+    os.close(reader)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", gone := os.fdopen(writer, "w"))
+        tm.say("nobody")
+        with pytest.raises(BrokenPipeError):  # control
+            print("nobody", flush=True)
+    with pytest.raises(BrokenPipeError):
+        gone.close()
+
+
+def test_a_plan_says_what_is_too_small_and_what_is_met_twice(tmp_path, capsys):
+    rows = [*DIGITS, *DIGITS[:6], DIGITS[0] | {"rejected": "777777"}]
+    in_process([*a_run_with(tmp_path, small_model(), rows=rows, heldout=9), "--dry_run"])
+    said = capsys.readouterr().out
+    assert "10 pairs to train on, 9 held out" in said
+    assert "steps a round teach little: lower --batch, or raise --epochs or --lr" in said
+    assert "more than a fifth of the pairs is held out: lower --heldout" in said
+    pairs = int(re.search(r"(\d+) of the held-out pairs are among", said)[1])
+    prompts = int(re.search(r"(\d+) of the held-out prompts are among", said)[1])
+    assert 0 < pairs <= prompts <= 9
+    draw = {i for i in random.Random(0).sample(range(19), 9)}
+    kept = [repr(rows[i]) for i in range(19) if i not in draw]
+    assert pairs == sum(repr(rows[i]) in kept for i in draw)
+    large = [{"prompt": f"{i:06d}", "chosen": "1", "rejected": "2"} for i in range(200)]
+    in_process([*a_run_with(tmp_path, small_model(), rows=large), "--dry_run"])  # control
+    said = capsys.readouterr().out
+    assert "180 pairs to train on, 20 held out" in said  # a tenth
+    assert "little" not in said and "fifth" not in said and "among" not in said
+
+
+def test_a_console_shows_steps_out_of_all_and_supervision_in_ten_lines(straight):
+    lines = (straight / "said1.0").read_text().splitlines()
+    steps = [line for line in lines if re.match(r"round [12]/2 +\d+/3 0:\d\d:\d\d ", line)]
+    assert len(steps) == 2 * 3  # 40 rows, 16 a step
+    assert 0 < len([line for line in lines if re.match(r"round 0/2 +\d", line)]) <= 11
+
+
+def test_the_noise_of_scoring_is_logged_beside_the_margin(tmp_path):
+    rows = rows_of(8)
+    run = run_of(small_model(), rows, tmp_path, batch=8, epochs=1)
+    played = tm.play(run, rows, "round-1")
+    offs = [0.1 * (i % 3 - 1) for i in range(8)]
+    shifted = [r._replace(logps=[r.logps[0] - off, *r.logps[1:]]) for r, off in zip(played, offs)]
+    tm.TOLERANCE[False], before = 1.0, tm.TOLERANCE[False]
+    try:
+        for rows, noise in ((played, 0.0), (shifted, 0.3 * fmean(o * o for o in offs) ** 0.5)):
+            fresh = run_of(small_model(), rows, tmp_path, batch=8, epochs=1)
+            tm.train(fresh, rows, None)
+            line = fresh.state["logs"]["log.jsonl"][-1]
+            assert line["noise"] == pytest.approx(noise, abs=1e-4)
+    finally:
+        tm.TOLERANCE[False] = before
+
+
 # -------------------------------------------------------- the tiny world, and the options
 
 
@@ -1455,6 +1875,11 @@ def test_options_out_of_range_or_abbreviated_are_refused(capsys):
         ["--batch", "0"],
         ["--critic", "x"],
         ["--roun", "2"],
+        ["--lr", "inf"],
+        ["--beta", "inf"],
+        ["--clip", "nan"],
+        ["--warmup", "1.5"],
+        ["--warmup", "-0.1"],
     ):
         with pytest.raises(SystemExit):
             tm.parse(argv)
@@ -1464,6 +1889,36 @@ def test_options_out_of_range_or_abbreviated_are_refused(capsys):
     said = capsys.readouterr().out
     for field in tm.dataclasses.fields(tm.Config):
         assert f"--{field.name}" in said and field.metadata["help"]
+
+
+def test_bf16_and_recompute_can_be_asked_for_and_are_off_on_a_cpu():
+    if not torch.cuda.is_available():
+        assert not tm.parse([]).bf16 and not tm.parse([]).recompute
+    assert tm.parse(["--bf16"]).bf16 and tm.parse(["--recompute"]).recompute
+    assert not tm.parse(["--no-bf16"]).bf16
+
+
+def test_adafactor_has_its_own_rate_and_moves_weights_as_far_as_adamw(tmp_path):
+    """Weights of N(0, .02), as in a new model: 12 steps move them as far, to a factor of 2."""
+    rows, moved = rows_of(12), {}
+    usual = tm.parse(["--preset", "mistral-7b"])
+    assert tm.parse(["--preset", "mistral-7b", "--optimizer", "adafactor"]).lr == 50 * usual.lr
+    assert tm.parse("--optimizer adafactor --lr 3e-5".split()).lr == 3e-5
+    played, settings = fake_play(rows), dict(batch=3, epochs=3)
+    tm.TOLERANCE[False], before = math.inf, tm.TOLERANCE[False]
+    for name, rate in (("adamw", 1e-6), ("adafactor", 5e-5), ("same", 1e-6)):
+        kind = "adamw" if name == "adamw" else "adafactor"
+        lm = AutoModelForCausalLM.from_config(small_model(hidden_size=64).config)
+        run = run_of(lm, rows, tmp_path / name, lr=rate, optimizer=kind, **settings)
+        (tmp_path / name).mkdir()
+        start = [w.detach().clone() for w in lm.parameters() if w.dim() > 1]
+        tm.train(run, played, None)
+        ends = [w.detach() for w in lm.parameters() if w.dim() > 1]
+        parts = torch.cat([(a - b).flatten() for a, b in zip(start, ends)])
+        moved[name] = parts.square().mean().sqrt().item()
+    tm.TOLERANCE[False] = before
+    assert 0.5 < moved["adafactor"] / moved["adamw"] < 2
+    assert moved["same"] / moved["adamw"] < 0.1  # control: at AdamW's rate it hardly trains
 
 
 def test_the_learning_rate_warms_up_and_ends_near_zero():
