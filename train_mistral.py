@@ -11,26 +11,25 @@ texts, or with whole conversations as chosen and rejected. OUT gets round-N (Hug
 log.jsonl, curves.png, samples.jsonl, dropped.jsonl (rows not used, and why), run.json, and what a
 restart needs: after a kill, Ctrl-C or SIGTERM the same command goes on.
 
-What fits where: fp32 master weights are sharded by FSDP2; with bf16, the default on a GPU, layers
-compute in it. Bytes a parameter over all cards: 4 weights, 4 gradients, 8 for AdamW, next to none
-for Adafactor (row and column means). A card that plays holds all weights in bf16 besides, and the
-KV cache of 64 prompts of 1,024 tokens, 8.6 GB; one that trains a layer, the head, and the
-activations of 8k tokens, recomputed by layers, 7 GB. GB a card for Mistral-7B (7.24e9):
+What fits where: fp32 master weights are sharded by FSDP2; layers compute in bf16 (--bf16, on a GPU
+by default) and once more in the backward pass (--recompute). Bytes a parameter over all cards: 4
+weights, 4 gradients, 8 for AdamW, next to none for Adafactor. A card that plays holds all weights
+in bf16 besides, and 8.6 GB of keys and values (64 rows of 1,024 tokens); one that trains 7 GB: a
+layer, the head, activations of 8k tokens. Mistral-7B (7.24e9 parameters), GB a card:
 
     cards    play    train, Adafactor    train, AdamW
     1        52      65                  123
     4        30      21                  36
     8        27      14                  21
 
-Rank 0's host holds 14.5 GB to load, 44 to write round-N. Disk: 14.5 a round, and a saved state,
-4 bytes a parameter or 12 with AdamW, twice while one replaces another.
+The averaged weights, 4 bytes a parameter, lie on the hosts. Rank 0 reads the weights (14.5 GB of
+its host) and writes round-N (44). A saved state has 8 bytes a parameter, with AdamW 16, and two lie
+on the disk while one replaces the other.
 """
 
 import argparse
-import codecs
 import contextlib
 import dataclasses
-import gzip
 import hashlib
 import json
 import math
@@ -117,6 +116,7 @@ class Config:
     lr: float = option(3e-4, 5e-7, f"peak of warm-up and cosine; x {ADAFACTOR} for adafactor")
     warmup: float = option(0.1, 0.1, "share of a round's steps that warm up", above=-1e-9, most=1)
     clip: float = option(1.0, 1.0, "largest gradient norm")
+    average: float = option(0.5, 0.5, "steps in OUT/average, share of all; 0: none", above=-1e-9)
     batch: int = option(64, 128, "pairs a step, over all processes")
     micro_batch: int = option(64, 4, "pairs a forward pass of a process: memory, not the loss")
     generate_batch: int = option(250, 64, "prompts sampled together; each batch has its seed")
@@ -336,12 +336,11 @@ def read(source: str, config: Config):
     (name, revision), path = pinned(source), Path(source)
     if config.preset == "tiny":
         return CopyDigits().pairs(config.rows + config.heldout, config.seed)
-    if source.removesuffix(".gz").endswith((".json", ".jsonl")):
-        with gzip.open(path) if source.endswith(".gz") else open(path, "rb") as file:
-            text = file.read().removeprefix(codecs.BOM_UTF8)
-        return json.loads(text) if text.lstrip()[:1] == b"[" else text.splitlines()
-    if source.endswith(".parquet"):
-        return datasets.load_dataset("parquet", data_files=source, split="train")
+    if source.endswith(".jsonl"):
+        return path.read_bytes().splitlines()  # each of its own form
+    kind = {".parquet": "parquet", ".json": "json", ".gz": "json"}.get(path.suffix)
+    if kind:
+        return datasets.load_dataset(kind, data_files=source, split="train")
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         saved = datasets.load_from_disk(source)
         return saved[config.split] if isinstance(saved, dict) else saved
@@ -577,6 +576,7 @@ class Run:
     rows: list[Row]
     heldout: list[Row]
     state: dict  # where the run stands; all of it is saved
+    average: list[Tensor] = ()  # this rank's part of the averaged weights: fp32, on its host
     since: float = dataclasses.field(default_factory=time.perf_counter)  # charge() was last called
 
     def log(self, name: str, line: dict) -> None:
@@ -608,12 +608,13 @@ class Run:
         mine |= {"processes": dist.get_world_size()}
         mine |= {"data_sha256": rows.hexdigest(), "model_sha256": self.state["pi_t"]}
         if held:
-            free = FREE | ({"generate_batch"} if not [*self.out.glob("play/*/*")] else set())
-            was = [(k, held["run"].get(k), v) for k, v in mine.items() if k not in free]
+            drawn = any(self.out.glob("play/*/*"))
+            free = FREE | (set() if drawn else {"generate_batch"})
             words = {"data_sha256": "other rows", "model_sha256": "other weights"}
+            was = [(k, held["run"].get(k), v) for k, v in mine.items() if k not in free]
             changed = [words.get(k, f"{k} was {a}, is {b}") for k, a, b in was if a != b]
-            changed = "; ".join(changed)
-            require(not changed, f"{self.out} holds another run ({changed}): use a new --out")
+            told = f"{self.out} holds another run ({'; '.join(changed)}): use a new --out"
+            require(not changed, told)
             self.state |= held
             say(f"going on in {self.out} from round {held['round']} step {held['step']}")
         self.state["run"] = mine
@@ -621,6 +622,7 @@ class Run:
             part = page.with_name(f"{self.state['saves']}-{dist.get_rank()}")
             saved = require(unseal(part), f"{part} {DAMAGED}")
             self.scorer.load_state_dict(saved["model"])
+            self.average = saved["average"]
         gather()  # all have looked before one writes
         if dist.get_rank() == 0:
             seal(page, self.state)
@@ -637,7 +639,7 @@ class Run:
     def save_state(self, optimizer=None) -> None:
         """Each rank writes its part, rank 0 then the page that makes them count; old ones go."""
         folder, number = self.out / "state", self.state["saves"] + 1
-        part = {"model": self.scorer.state_dict()}
+        part = {"model": self.scorer.state_dict(), "average": self.average}
         part["optimizer"] = optimizer and optimizer.state_dict()
         seal(folder / f"{number}-{dist.get_rank()}", part)
         self.state["saves"] = number
@@ -648,8 +650,25 @@ class Run:
             for old in {*folder.glob("*-*")} - {*folder.glob(f"{number}-*")}:
                 old.unlink()
 
-    def save_round(self) -> None:
-        """OUT/round-N, a Hugging Face folder, in the precision that computed."""
+    @contextlib.contextmanager
+    def averaged(self):
+        """The averaged weights stand in the model, and the last ones in their place."""
+        pi_t, shards = self.state["pi_t"], [local(w.detach()) for w in self.scorer.parameters()]
+
+        def swap() -> None:
+            for shard, mean in zip(shards, self.average):
+                last = shard.clone()
+                shard.copy_(mean)
+                mean.copy_(last)
+
+        swap()
+        self.state["pi_t"] = self.scorer.sha256()
+        yield
+        swap()
+        self.state["pi_t"] = pi_t
+
+    def save_model(self, name: str) -> None:
+        """OUT/NAME, a Hugging Face folder, in the precision that computed."""
         whole, lm = StateDictOptions(full_state_dict=True, cpu_offload=True), self.scorer.lm
         weights = get_model_state_dict(lm, options=whole)  # empty but on rank 0
         if dist.get_rank() == 0:
@@ -657,7 +676,7 @@ class Run:
             made_of = dict(config=lm.config, state_dict=weights, dtype=dtype)
             served = type(lm).from_pretrained(None, **made_of)
             served.generation_config = lm.generation_config
-            folder = self.out / f"round-{self.state['round']}"
+            folder = self.out / name
             temporary = folder.with_name(folder.name + ".tmp")
             shutil.rmtree(temporary, ignore_errors=True)
             served.save_pretrained(temporary)
@@ -832,6 +851,9 @@ def train(run: Run, rows: list[Row], saved: dict | None) -> None:
     optimizer = OPTIMIZERS[config.optimizer]([x for x in shards if x.numel()], weight_decay=0.0)
     if saved:
         optimizer.load_state_dict(saved)
+    horizon = config.average * config.rounds * len(batches)  # of the averaged weights, in steps
+    if state["round"] and horizon and not run.average:
+        run.average = [shard.cpu().clone() for shard in shards]  # pi_1's
     names, peak = (COLUMNS.split(), config.lr) if state["round"] else (["loss"], config.sft_lr)
     name, total = f"round {state['round']}/{config.rounds}", len(batches)
     if state["step"] < total:
@@ -848,6 +870,8 @@ def train(run: Run, rows: list[Row], saved: dict | None) -> None:
             shard.grad = local(weight.grad)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
+        for mean, shard in zip(run.average, shards):
+            mean.lerp_(shard.cpu(), min(1, 1 / horizon))
         for tensor in (*shards, *weights):  # no gradient outlives its step
             tensor.grad = None
         run.charge("train")
@@ -886,10 +910,23 @@ def check_step(run: Run, values: list[dict], norm: float) -> None:
 
 # -------------------------------------------------------- what a person sees
 def evaluate(run: Run) -> None:
-    """Answers the held-out prompts, else some of training, and logs what came as one round."""
+    """Logs what a round's last weights, and the averaged ones, are worth."""
+    number, spent = run.state["round"], {k: run.state[k] for k in ("seconds", "peak_bytes")}
+    means = judge(run, f"heldout-{number}")
+    if run.average:
+        with run.averaged():
+            run.save_model("average")
+            averaged = judge(run, f"average-{number}")
+        means |= {f"average_{name}": value for name, value in averaged.items()}
+    means["max_implied_reward"] = run.state["largest"]
+    run.log("log.jsonl", {"event": "round", "round": number} | means | spent)
+
+
+def judge(run: Run, name: str) -> dict:
+    """Means over answers to the held-out prompts, else to some of training. Shows four of them."""
     world, number, told = CopyDigits(), run.state["round"], []
     rows = run.heldout or run.rows[: run.config.generate_batch]
-    for row in play(run, rows, f"heldout-{number}"):
+    for row in play(run, rows, name):
         y, (chosen, rejected, *_) = row.generated[0], row.logps
         first = run.state["first"].setdefault(row.number, chosen - rejected)  # under pi_1
         finished = y[-1] in run.stops
@@ -897,9 +934,9 @@ def evaluate(run: Run) -> None:
         response = run.tokenizer.decode(y[: len(y) - finished])
         fact = {"length": len(y), "finished": finished}
         if run.heldout:  # a tie is half
-            for name, lead in (("accuracy", 0.0), ("implied", first)):
+            for measure, lead in (("accuracy", 0.0), ("implied", first)):
                 lead = chosen - rejected - lead
-                fact[f"heldout_{name}"] = ((lead > 0) + (lead >= 0)) / 2
+                fact[f"heldout_{measure}"] = ((lead > 0) + (lead >= 0)) / 2
         if run.config.preset == "tiny":
             fact["reward"] = world.reward(prompt, response) / world.best
             fact["outside"] = world.outside(response)
@@ -907,27 +944,25 @@ def evaluate(run: Run) -> None:
         if len(told) <= 4:
             say(f"    {prompt[-70:]!r} -> {response[:70]!r}")
             line = {"round": number, "row": row.number, "prompt": prompt, "response": response}
-            run.log("samples.jsonl", line)
-    means = {name: fmean(fact[name] for fact in told) for name in told[0]}
-    means["max_implied_reward"] = run.state["largest"]
-    say(f"round {number}: " + "  ".join(f"{name} {mean:.3f}" for name, mean in means.items()))
-    spent = {name: run.state[name] for name in ("seconds", "peak_bytes")}
-    run.log("log.jsonl", {"event": "round", "round": number} | means | spent)
+            run.log("samples.jsonl", line | {"of": name.partition("-")[0]})
+    means = {fact: fmean(one[fact] for one in told) for fact in told[0]}
+    say(f"{name}: " + "  ".join(f"{fact} {mean:.3f}" for fact, mean in means.items()))
+    return means
 
 
 def draw_curves(run: Run) -> None:
     """curves.png: what each round's model is worth, and each term of the loss step by step."""
     figure = Figure(figsize=(8, 6), layout="constrained")
     panels = {
-        ("round", "share"): "reward outside heldout_accuracy finished",
+        ("round", "share"): "reward average_reward outside heldout_implied finished",
         ("step", "preference term (nats)"): "preference",
         ("step", "critic's term before 1 / lam (nats)"): "critic",
         ("step", "margin, KL(pi_t || pi) (nats)"): "margin kl",
     }
     for ax, ((kind, label), names) in zip(figure.subplots(2, 2).flat, panels.items()):
         drawn = [line for line in run.state["logs"]["log.jsonl"] if line["event"] == kind]
-        for name in [name for name in names.split() if name in drawn[0]]:
-            ax.plot([line[name] for line in drawn], ".-", label=name)
+        for name in [name for name in names.split() if name in drawn[-1]]:  # none in round 0
+            ax.plot([line.get(name, math.nan) for line in drawn], ".-", label=name)
         ax.set(xlabel=f"{kind}, from the start", ylabel=label)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend(frameon=False)
@@ -947,30 +982,30 @@ def plan(run: Run) -> int:
         count = sum(repr(row[part]) in known for row in run.heldout)
         if count:
             say(f"    {count} of the held-out {name} are among those to train on")
+    size, lm = min(config.batch, len(run.rows)), run.scorer.lm
     steps = math.ceil(len(run.rows) / config.batch) * config.epochs
     tokens = sum(len(ids) for row in run.rows for ids in row[1:4]) * config.epochs
-    say(f"{config.rounds} rounds: {len(run.rows)} samples, then {steps} steps of "
-        f"{min(config.batch, len(run.rows))} pairs; {tokens:,} tokens a round, and the samples; "
-        f"processes: {world}")  # fmt: skip
+    say(f"{config.rounds} rounds: {len(run.rows)} samples, then {steps} steps of {size} pairs; "
+        f"{tokens:,} tokens a round, and the samples'; processes: {world}")  # fmt: skip
     if steps < 20:
         say(f"    {steps} steps a round teach little: lower --batch, or raise --epochs or --lr")
     if len(run.heldout) > len(run.rows) / 4:
         say("    more than a fifth of the pairs is held out: lower --heldout")
-    room = least(run.scorer.lm, "max_position_embeddings")
-    size = len(run.scorer.lm.get_input_embeddings().weight)
+    room, known = least(lm, "max_position_embeddings"), len(lm.get_input_embeddings().weight)
     for row in run.rows + run.heldout:
         need, token = len(row.prompt) + max(1, *map(len, row[2:4])), max(map(max, row[1:4]))
-        require(need <= room, f"row {row.number} takes {need} positions and the model has {room}: "
-                "lower --max_prompt or --max_response")  # fmt: skip
-        require(token < size, f"row {row.number} has the token {token} "
-                f"{run.tokenizer.decode([token])!r} and the model {size} rows: take the tokenizer "
-                "that came with it")  # fmt: skip
+        told = f"row {row.number} takes {need} positions and the model has {room}: "
+        require(need <= room, told + "lower --max_prompt or --max_response")
+        told = f"row {row.number} has the token {token} {run.tokenizer.decode([token])!r} and the "
+        require(token < known, told + f"model {known} rows: take the tokenizer that came with it")
     weights = sum(weight.numel() for weight in run.scorer.parameters())
     state, training = (12, 16) if config.optimizer == "adamw" else (4, 8)  # bytes: see the top
-    held = training * weights / world / 1e9
-    say(f"{weights / 1e9:.4f}e9 parameters: {held:.2f} GB a process with gradients and "
-        f"{config.optimizer}, {weights / 5e8:.2f} more to play in bf16")  # fmt: skip
-    return (2 * state + (1 + config.rounds) * (2 if config.bf16 else 4)) * weights
+    state, folders = (
+        (state + 4, config.rounds + 2) if config.average else (state, config.rounds + 1)
+    )
+    say(f"{weights:,} parameters: {training * weights / world / 1e9:.3g} GB a process with their "
+        f"gradients and {config.optimizer}, {weights / 5e8:.3g} to play in bf16")  # fmt: skip
+    return (2 * state + folders * (2 if config.bf16 else 4)) * weights
 
 
 # -------------------------------------------------------- the story
@@ -1028,7 +1063,7 @@ def main(config: Config) -> None:
     while state["round"] <= config.rounds:
         played = play(run, rows, f"round-{state['round']}") if state["round"] else rows
         train(run, played, saved)
-        run.save_round()
+        run.save_model(f"round-{state['round']}")
         state |= {"step": 0, "pi_t": run.scorer.sha256()}
         evaluate(run)
         if state["round"] and dist.get_rank() == 0:

@@ -62,7 +62,7 @@ theorem launchers    unlike          0 0  such jobs not bit-equal after a restar
 
 PHASES = {  # what may be struck, and the function of train_mistral.py that is running then
     "start": "open_folder", "SFT": "accumulate", "generation": "sample", "scoring": "forward",
-    "training": "accumulate", "checkpoint": "save_state", "round's save": "save_round",
+    "training": "accumulate", "checkpoint": "save_state", "round's save": "save_model",
     "held-out answers": "evaluate", "curves": "draw_curves", "any moment": "main",
 }  # fmt: skip
 
@@ -279,7 +279,7 @@ def end(process: subprocess.Popen) -> None:
 
 def sealed(content: bytes):
     """What the trainer sealed in a file."""
-    return torch.load(io.BytesIO(content.partition(b"\n")[2]), weights_only=True)
+    return torch.load(io.BytesIO(content), weights_only=True)
 
 
 def left(out: Path) -> dict[str, object]:
@@ -296,7 +296,7 @@ def left(out: Path) -> dict[str, object]:
             fleeting = "seconds peak_bytes logs saves".split()
             content = {key: value for key, value in page.items() if key not in fleeting}
         elif name.startswith("state/"):  # the tensors; DTensor's pickle holds a salted hash
-            whole = zipfile.ZipFile(io.BytesIO(content.partition(b"\n")[2]))
+            whole = zipfile.ZipFile(io.BytesIO(content))
             content = b"".join(whole.read(one) for one in whole.namelist() if "/data/" in one)
         name = re.sub(r"state/\d+", "state/N", name)
         plain = isinstance(content, list | dict)
