@@ -253,7 +253,7 @@ def conversations(row) -> list[list[dict]]:
     require(isinstance(row, dict), "not a JSON object", ValueError)
     unread = [name for name in UNREAD if row.get(name)]
     require(not unread, f"columns that this trainer does not read: {', '.join(unread)}", ValueError)
-    lacking = "no {}, as text or messages; the row has " + ", ".join(map(repr, row))[:200]
+    lacking = "no {}, as text or messages; the row has " + ", ".join(sorted(map(str, row)))[:200]
     system = messages(row.get("system"), "system")
     for field in ("chosen", "rejected"):
         *before, answer = messages(row.get(field), "assistant") or [None]
@@ -267,7 +267,8 @@ def conversations(row) -> list[list[dict]]:
         require(asked, lacking.format("prompt"), ValueError)
         roles = [turn["role"] for turn in [*asked, answer]]
         turn_about = ["user", "assistant"] * max(1, len(roles) // 2)
-        found = f"wrong role order {roles[:4]}, not [system,] user, assistant, in turn"
+        odd = [f", {role!r}" for role in roles if role not in ("system", "user", "assistant")]
+        found = f"wrong role order{''.join(odd[:1])}, not [system,] user, assistant, in turn"
         require(roles[roles[0] == "system" :] == turn_about, found, ValueError)
         both.append([*asked, answer])
     require(both[0][:-1] == both[1][:-1], "chosen and rejected have different prompts", ValueError)

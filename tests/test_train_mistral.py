@@ -821,9 +821,9 @@ BAD = [
     ("wrong role order", [{"system": "x", "chosen": [S, U, A], "rejected": [S, U, B]}]),
     ("not read: input", [PAIR | {"input": "and this"}]),
     ("not read: instruction, history", [PAIR | {"instruction": "x", "history": [["a", "b"]]}]),
-    ("the row has 'instruct'", [{"instruct": "a", "chosen": "b", "rejected": "c"}]),
+    ("the row has chosen, instruct", [{"instruct": "a", "chosen": "b", "rejected": "c"}]),
     (
-        "['human', 'gpt'], not",
+        "order, 'human', not",
         [
             {
                 "chosen": [{"role": "human", "content": "u"}, {"role": "gpt", "content": "a"}],
