@@ -256,7 +256,7 @@ def faults(control: list[str], stop: str) -> list[tuple]:
         ("two conversations and their prompt", USED, lambda row, draw: {"prompt": "x"} | whole),
         ("two conversations and another prompt", CLASH, lambda row, draw: {"prompt": "z"} | whole),
         ("a column that would speak", "not read: input", lambda row, draw: row | {"input": "z"}),
-        ("a system column that clashes", CLASH, lambda row, draw: {"system": "z"} | {
+        ("a system column that clashes", ROLES, lambda row, draw: {"system": "z"} | {
             k: [system, *turns] for k, turns in whole.items()}),
         ("conversations that differ", APART, lambda row, draw: whole | {"chosen": [
             message("user", "other"), answer]}),
