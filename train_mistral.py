@@ -654,7 +654,8 @@ class Run:
     @contextlib.contextmanager
     def averaged(self):
         """The averaged weights stand in the model, and the last ones in their place."""
-        pi_t, shards = self.state["pi_t"], [local(w.detach()) for w in self.scorer.parameters()]
+        pi_t, weights = self.state["pi_t"], self.scorer.parameters()
+        shards = [local(weight.detach()) for weight in weights if weight.requires_grad]
 
         def swap() -> None:
             for shard, mean in zip(shards, self.average):
