@@ -37,6 +37,7 @@ class Instance(NamedTuple):
     reward: Tensor  # true reward r*, in [0, R]
     rho: Tensor  # prompt distribution
     R: float = 2.0
+    meet: Tensor | float = 1.0  # (A, A): how readily two responses meet in a pair; 1: independently
 
     def regret(self, pi: Tensor) -> Tensor:
         """J(pi*) - J(pi). (...)"""
@@ -44,7 +45,7 @@ class Instance(NamedTuple):
 
     def repeat(self, seeds: int) -> "Instance":
         """seeds independent copies along a new first axis: (seeds, ..., X, A)."""
-        return Instance(*(t.expand(seeds, *t.shape) for t in self[:3]), self.R)
+        return Instance(*(t.expand(seeds, *t.shape) for t in self[:3]), *self[3:])
 
 
 def random_instances(count: int, rng: np.random.Generator, X=2, A=5, R=2.0) -> Instance:
@@ -64,6 +65,14 @@ def rare(n: int, K: int) -> Instance:
     return single_prompt([0.4, 0.6 - K / n] + [1 / n] * K, [1.0, 0.75] + [0.0] * K)
 
 
+def leagues(n: int) -> Instance:
+    """Two models' answers, compared within one model 20 times as readily as across. The better
+    model's best answer is best of all; the weaker one's shines beside worse ones, eight rare."""
+    world = single_prompt([1, 1, 1, 1 - 32 / n] + [4 / n] * 8, [1.0, 0.75, 0.5] + [0.0] * 9)
+    better = torch.arange(12) < 2
+    return world._replace(meet=torch.where(better == better.unsqueeze(-1), 1.0, 0.05).double())
+
+
 def margins(t: Tensor) -> Tensor:
     """All differences t[a] - t[c]: (..., A) -> (..., A, A)."""
     return t.unsqueeze(-1) - t.unsqueeze(-2)
@@ -72,6 +81,7 @@ def margins(t: Tensor) -> Tensor:
 def sample_wins(world: Instance, n: int, rng: np.random.Generator) -> Tensor:
     """n labelled pairs (Eq. 1) as win counts (..., X, A, A), in one multinomial draw."""
     pairs = world.rho[..., None, None] * world.mu.unsqueeze(-1) * world.mu.unsqueeze(-2)
+    pairs = pairs * world.meet
     law = (2 * pairs * margins(world.reward).sigmoid()).flatten(-3).numpy()  # 2: winner drawn
     counts = rng.multinomial(n, law / law.sum(-1, keepdims=True))  # first or second
     return torch.tensor(counts).double().view(pairs.shape)
@@ -106,20 +116,28 @@ class Critic:
         self.f = torch.full_like(self.muhat, R / 2).flatten(0, -2)
         self.R, self.tolerance = R, tolerance
 
+    def value(self, rows: Tensor, f: Tensor) -> Tensor:
+        """What is minimised, at f (P, A), for the problems of these rows. (P,)"""
+        return (self.v[rows] * f).sum(-1) - (self.wins[rows] * F.logsigmoid(margins(f))).sum((1, 2))
+
+    def derivatives(self, rows: Tensor, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return critic_derivatives(self.v[rows], f, self.wins[rows])
+
     def __call__(self, pi: Tensor) -> Tensor:
-        v = (self.prompts.unsqueeze(-1) * (pi - self.muhat)).flatten(0, -2)  # Eq. 2 is <v, f>
-        f, gap, todo = self.f.clone(), torch.zeros_like(v[:, 0]), torch.arange(len(v))
+        self.v = (self.prompts.unsqueeze(-1) * (pi - self.muhat)).flatten(0, -2)  # Eq. 2: <v, f>
+        f, todo = self.f.clone(), torch.arange(len(self.f))
+        gap = torch.zeros_like(f[:, 0])
         for _ in range(200):
-            gradient, curvature, value = critic_derivatives(v[todo], f[todo], self.wins[todo])
+            gradient, curvature, value = self.derivatives(todo, f[todo])
             gap[todo] = (gradient * f[todo]).sum(-1) - self.R * gradient.clamp(max=0).sum(-1)
             unsolved = gap[todo] > self.tolerance
             todo = todo[unsolved]
             if not len(todo):
                 break
             gradient, value = gradient[unsolved], value[unsolved]
-            problem = v[todo], self.wins[todo]
             step = newton_step(f[todo], gradient, curvature[unsolved], self.R)
-            f[todo] = line_search(*problem, f[todo], step, gradient, value, self.R)
+            reach = partial(self.value, todo)
+            f[todo] = line_search(reach, f[todo], step, gradient, value, self.R)
         self.f, self.gap = f, gap.view(pi.shape[:-1]).sum(-1)
         return f.view(pi.shape)
 
@@ -145,18 +163,53 @@ def newton_step(f: Tensor, gradient: Tensor, curvature: Tensor, R: float) -> Ten
     return step * (R / step.abs().amax(-1, keepdim=True).clamp(min=R))
 
 
-def line_search(v, wins, f, step, gradient, value, R: float) -> Tensor:
+def line_search(reach: Callable, f, step, gradient, value, R: float) -> Tensor:
     """Armijo's rule along the projected path, halving the steps that do not descend. (P, A)"""
     size = torch.ones_like(value).unsqueeze(-1)
     for _ in range(40):
         new = (f + size * step).clamp(0, R)
-        reached = (v * new).sum(-1) - (wins * F.logsigmoid(margins(new))).sum((-2, -1))
         rounding = 1e-13 * (1 + value.abs())
-        failed = reached > value + 1e-4 * (gradient * (new - f)).sum(-1) + rounding
+        failed = reach(new) > value + 1e-4 * (gradient * (new - f)).sum(-1) + rounding
         if not failed.any():
             break
         size = torch.where(failed.unsqueeze(-1), size / 2, size)
     return new
+
+
+class ProximalCritic(Critic):
+    """Eq. 39: f_t = argmin over the box of beta E log E_pi_t exp(f / beta) - E_muhat f + lam E(f).
+
+    Its first term holds the policy that f_t leads to, pi_t+1: f_t answers what the actor will do,
+    not what it did. beta: a number or (...), the inverse of the actor's step. As Critic otherwise.
+    """
+
+    def __init__(self, wins: Tensor, lam, R: float, beta, tolerance=1e-6):
+        super().__init__(wins, lam, R, tolerance)
+        beta = torch.as_tensor(beta, dtype=wins.dtype).unsqueeze(-1)
+        self.beta = beta.expand(self.prompts.shape).reshape(-1, 1)
+        self.weight = self.prompts.reshape(-1, 1)
+
+    def __call__(self, pi: Tensor) -> Tensor:
+        self.log_pi = pi.flatten(0, -2).log()
+        return super().__call__(torch.zeros_like(pi))
+
+    def partition(self, rows: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+        """log(pi_t exp(f / beta)) (P, A), and beta times the logarithm of its sum. (P,)"""
+        logits = self.log_pi[rows] + f / self.beta[rows]
+        sums = (self.weight * self.beta)[rows, 0] * logits.logsumexp(-1)
+        return logits, sums
+
+    def value(self, rows: Tensor, f: Tensor) -> Tensor:
+        return super().value(rows, f) + self.partition(rows, f)[1]
+
+    def derivatives(self, rows: Tensor, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gradient, curvature, value = super().derivatives(rows, f)
+        logits, sums = self.partition(rows, f)
+        after = logits.softmax(-1)  # pi_t+1
+        mass = self.weight[rows] * after
+        spread = torch.diag_embed(mass) - mass.unsqueeze(-1) * after.unsqueeze(-2)
+        curvature = curvature + spread / self.beta[rows].unsqueeze(-1)
+        return gradient + mass, curvature, value + sums
 
 
 class Run(NamedTuple):
