@@ -286,26 +286,41 @@ def test_the_critic_returns_from_a_corner_where_its_curvature_has_vanished():
     assert critic.gap.max() <= 1e-9 and (f.amax(-1) - f.amin(-1)).max() < 1e-3  # equal rewards
 
 
-def test_the_critics_derivatives_equal_differences_of_its_value(rng):
-    v, f, wins = double(rng.normal(size=4)), rng.uniform(0, 2, 4), double(rng.poisson(3, (4, 4)))
-
-    def value(x):
-        return bandit.critic_derivatives(v[None], double(x)[None], wins[None])[2].item()
-
-    def gradient(x):
-        return bandit.critic_derivatives(v[None], double(x)[None], wins[None])[0][0].numpy()
-
-    slow = v.numpy() @ f - sum(
-        wins[a, c].item() * math.log(special.expit(f[a] - f[c]))
-        for a, c in itertools.product(range(4), repeat=2)
-    )
-    assert value(f) == pytest.approx(slow, rel=1e-12)
-    assert np.allclose(gradient(f), optimize.approx_fprime(f, value, 1e-6), atol=1e-4)
-    steps = 1e-5 * np.eye(4)
-    differences = np.array([(gradient(f + e) - gradient(f - e)) / 2e-5 for e in steps])
-    found = bandit.critic_derivatives(v[None], double(f)[None], wins[None])[1][0]
-    assert np.allclose(found, differences, atol=1e-6)
-    assert not np.allclose(found, -differences, atol=1e-6)
+@pytest.mark.parametrize("kind", ["tables", "features", "proximal", "proximal, features"])
+def test_a_critics_derivatives_equal_differences_of_its_value(rng, kind):
+    """Of the objective written out pair by pair; with the sign of the curvature flipped, no."""
+    X, A, R, beta, low = 2, 3, 2.0, 0.4, -0.5
+    wins, lam, pi = double(rng.poisson(3, (X, A, A))), 1.7, random_policies(rng, X, A)
+    phi = double(rng.uniform(size=(X, A, 4))) if "features" in kind else None
+    options = {"features": phi, "low": low} if "features" in kind else {}
+    critic = bandit.Critic(wins, lam, R, **options)
+    if "proximal" in kind:
+        critic = bandit.ProximalCritic(wins, lam, R, beta, **options)
+    critic(pi)
+    rows = torch.arange(len(critic.f))
+    f = double(rng.uniform(0, R, critic.f.shape))
+    table = f.numpy() if phi is None else phi.numpy() @ (f[0].numpy() + low)
+    prompts, muhat = (t.numpy() for t in spac.data_policy(wins))
+    slow = spac.critic_objective(pi, double(table), wins, lam).item()
+    if "proximal" in kind:  # the log-partition in place of f(pi)
+        slow -= sum(prompts[x] * pi[x].numpy() @ table[x] for x in range(X))
+        sums = [math.log(pi[x].numpy() @ np.exp(table[x] / beta)) for x in range(X)]
+        slow += sum(prompts[x] * beta * sums[x] for x in range(X))
+    if phi is not None:  # v'theta leaves out v'low
+        linear = prompts[:, None] * (("proximal" not in kind) * pi.numpy() - muhat)
+        slow -= np.einsum("xa,xad->d", linear, phi.numpy()).sum() * low
+    assert critic.value(rows, f).sum().item() == pytest.approx(slow, rel=1e-10)
+    gradient, curvature, value = critic.derivatives(rows, f)
+    assert value.sum().item() == pytest.approx(slow, rel=1e-10)
+    step = 1e-5
+    for k in range(f.shape[1]):
+        e = step * torch.eye(f.shape[1]).double()[k]
+        difference = (critic.value(rows, f + e) - critic.value(rows, f - e)) / (2 * step)
+        assert np.allclose(gradient[:, k], difference, atol=1e-6)
+        second = [critic.derivatives(rows, f + s * e)[0] for s in (1, -1)]
+        second = (second[0] - second[1]) / (2 * step)
+        assert np.allclose(curvature[:, k], second, atol=1e-6)
+        assert not np.allclose(curvature[:, k], -second, atol=1e-6)
 
 
 def scipy_game(world, wins, lam, eta, rounds):
@@ -358,7 +373,7 @@ def test_a_run_of_spac_t_equals_one_with_scipys_critic(rng):
             low, high = (centred < -1e-2).mean(), (centred < -1e-2).mean() + (~certain).mean()
             assert low - 1e-9 <= run.pointwise[t, 0].item() <= high + 1e-9
     uniform = torch.full_like(world.mu, 0.2)
-    other = bandit.run_spac_t(world, wins, lam, eta, 1, uniform)
+    other = bandit.run_spac_t(world._replace(mu=uniform), wins, lam, eta, 1)
     assert torch.equal(other.mixture, uniform) and not torch.allclose(world.mu, uniform)
 
 
@@ -609,15 +624,23 @@ def least_rival(name, ref, wins, R, beta, weight=0.0):
     return special.softmax(best.x.reshape(ref.shape), 1), best.fun
 
 
-@pytest.mark.parametrize("u", bandit.STARTS)
+FIELD = bandit.METHODS | study.FIELD
+
+
+def uniform(world):
+    return world._replace(mu=torch.full_like(world.mu, 1 / world.mu.shape[-1]))
+
+
+@pytest.mark.parametrize("told", [lambda world: world, uniform])
 @pytest.mark.parametrize("name", ["DPO", "IPO", "chi-PO"])
-def test_a_rivals_closed_form_minimises_its_published_loss(rng, name, u):
+def test_a_rivals_closed_form_minimises_its_published_loss(rng, name, told):
     """Against BFGS, a beta for each run, from either reference; other data's, or beta's, do not."""
     world, wins = compared_data(rng)
-    beta, (method, _) = double([0.5, 0.8, 1.0, 2.0]), bandit.METHODS[name + u]
+    beta, (method, _) = double([0.5, 0.8, 1.0, 2.0]), FIELD[name]
+    world = told(world)
     found = method(world, wins, beta).numpy()
     for k in range(4):
-        ref = world.mu[k].numpy() if u == "" else np.full((2, 3), 1 / 3)
+        ref = world.mu[k].numpy()
         data = wins[k].numpy()
         args = name, ref, data, world.R, beta[k].item()
         pi, least = least_rival(*args)
@@ -647,10 +670,10 @@ def test_dpo_goes_after_a_winner_that_never_lost(rng):
 def test_chi_po_keeps_the_mass_that_its_penalty_allows(rng):
     """z + log z = (r - c) / beta by scipy's root finder, at extreme beta too; log z is not."""
     world, wins = bandit.rare(300, 3), bandit.sample_wins(bandit.rare(300, 3).repeat(5), 300, rng)
-    reward = bandit.reward_mle(wins, 4.0).numpy()
-    for start, beta in itertools.product(bandit.STARTS.values(), (1e-4, 1e-2, 1.0, 1e3)):
-        ref = start(world)[0].numpy()
-        found = bandit.chi_po(start, world, wins, torch.full((5,), beta).double()).numpy()
+    reward = bandit.reward_mle(world, wins, 4.0).numpy()
+    for there, beta in itertools.product((world, uniform(world)), (1e-4, 1e-2, 1.0, 1e3)):
+        ref = there.mu[0].numpy()
+        found = study.chi_po(there, wins, torch.full((5,), beta).double()).numpy()
         for pi, r in zip(found[:, 0], reward[:, 0]):
 
             def z(c, r=r, beta=beta):  # Lambert's W(exp(x)) solves z + log z = x
@@ -661,7 +684,7 @@ def test_chi_po_keeps_the_mass_that_its_penalty_allows(rng):
             )
             assert pi.sum() == pytest.approx(1) and np.allclose(pi, ref * z(c), atol=1e-8)
     wrong = special.softmax(np.log(ref) + reward[0, 0] / 0.3)
-    right = bandit.chi_po(start, world, wins[:1], double([0.3]))[0, 0].numpy()
+    right = study.chi_po(there, wins[:1], double([0.3]))[0, 0].numpy()
     assert np.abs(wrong - right).max() > 0.1
 
 
@@ -669,9 +692,9 @@ def test_rpo_reaches_scipys_minimum_at_a_setting_for_each_run(rng):
     """Within 1e-4 of BFGS; five steps are not enough; weight 0 is DPO; settings do not mix."""
     world, wins = compared_data(rng, runs=3)
     beta, weight = double([0.1, 0.3, 1.0]), double([0.3, 0.05, 0.5])
-    start, steps = bandit.STARTS[""], torch.full((3,), 400.0).double()
+    steps = torch.full((3,), 400.0).double()
     found, early, plain = (
-        bandit.fitted(start, world, wins, beta, *rest).numpy()
+        bandit.fitted(world, wins, beta, *rest).numpy()
         for rest in ((weight, steps), (weight, steps * 0 + 5), (weight * 0, steps))
     )
     dpo = bandit.METHODS["DPO"][0](world, wins, beta).numpy()
@@ -687,11 +710,11 @@ def test_rpo_reaches_scipys_minimum_at_a_setting_for_each_run(rng):
 def test_a_stopped_descent_has_taken_just_its_steps(rng):
     """One step of Adam is its rate in the gradient's sign; each setting stops on its own."""
     world, wins = compared_data(rng, runs=3)
-    beta, zero, start = double([0.2, 0.5, 1.0]), torch.zeros(3).double(), bandit.STARTS[""]
-    together = bandit.fitted(start, world, wins, beta, zero, double([1, 3, 10]))
+    beta, zero = double([0.2, 0.5, 1.0]), torch.zeros(3).double()
+    together = bandit.fitted(world, wins, beta, zero, double([1, 3, 10]))
     for k, steps in enumerate((1, 3, 10)):
         for other in (1, 3, 10):
-            alone = bandit.fitted(start, world, wins, beta, zero, torch.full((3,), float(other)))
+            alone = bandit.fitted(world, wins, beta, zero, torch.full((3,), float(other)))
             assert torch.allclose(alone[k], together[k], atol=1e-12) == (other == steps)
     pull = (wins[0].sum(-1) - wins[0].sum(-2)).sign()  # of the winners, at u = 0
     expected = (world.mu[0].log() + 0.1 * pull / beta[0]).softmax(-1)
@@ -702,7 +725,7 @@ def test_a_stopped_descent_has_taken_just_its_steps(rng):
 def test_the_reward_of_rlhf_is_the_likeliest_in_the_box(rng):
     """Against L-BFGS-B; then pi = mu exp(r / beta), normalised; without the reference, no."""
     world, wins = compared_data(rng)
-    reward, beta = bandit.reward_mle(wins, world.R), double([0.1, 0.3, 1, 3])
+    reward, beta = bandit.reward_mle(world, wins, world.R), double([0.1, 0.3, 1, 3])
     policy = bandit.METHODS["RLHF + KL"][0](world, wins, beta).numpy()
     assert reward.min() >= 0 and reward.max() <= world.R
     for k in range(4):
@@ -721,7 +744,7 @@ def test_pessimism_by_error_bars_is_greedy_in_reward_less_an_elliptical_norm(rng
     """Zhu et al. 2023 by loops over pairs; width 0 is greedy, wide bars change the choice."""
     world = bandit.rare(300, 4).repeat(6)
     wins = bandit.sample_wins(world, 300, rng)
-    reward, changed = bandit.reward_mle(wins, world.R), 0
+    reward, changed = bandit.reward_mle(world, wins, world.R), 0
     plain = bandit.pessimistic_mle(world, wins, torch.zeros(6).double())
     assert torch.equal(plain, bandit.greedy(reward))
     for width in (0.03, 0.3, 3.0):
@@ -741,28 +764,24 @@ def test_pessimism_by_error_bars_is_greedy_in_reward_less_an_elliptical_norm(rng
     assert changed > 0
 
 
-def test_the_tuned_and_the_ruled_contestants_are_spac_t_at_their_settings(rng):
+def test_the_tuned_contestant_is_spac_t_and_the_ruled_one_the_proximal_form(rng):
     """lam in sqrt(n), eta in sqrt(8 log A / T) / R; the theorem's and the plain rule's own."""
     world = bandit.rare(3000, 3).repeat(4)
     wins = bandit.sample_wins(world, 3000, rng)
     lam, eta = double([0.3, 1.0, 3.0, 10.0]), double([1.0, 3.0, 10.0, 1.0])
-    for start in bandit.STARTS.values():
-        found = bandit.spac_tuned(start, world, wins, lam, eta, rounds=40)
+    for there in (world, uniform(world)):
+        found = bandit.spac_tuned(there, wins, lam, eta, rounds=40)
         unit = math.sqrt(8 * math.log(5) / 40) / 2.0
         settings = lam * math.sqrt(3000), eta * unit
-        mine = bandit.run_spac_t(world, wins, *settings, 40, start(world)).last
+        mine = bandit.run_spac_t(there, wins, *settings, 40).last
         assert torch.equal(found, mine)
-        wrong = bandit.run_spac_t(world, wins, lam, eta * unit, 40, start(world)).last
+        wrong = bandit.run_spac_t(there, wins, lam, eta * unit, 40).last
         assert not torch.allclose(found, wrong, atol=1e-3)
         for plain in (False, True):
-            flags = torch.full((4,), float(plain)).double()
-            found = bandit.spac_by_rule(start, world, wins, flags, rounds=40)
-            by_rule, other = (
-                bandit.theorem(world, wins, 40, start(world), rule) for rule in (plain, not plain)
-            )
-            mine = bandit.run_spac_t(world, wins, by_rule.lam, by_rule.eta, 40, start(world)).last
-            assert torch.equal(found, mine)
-            assert not torch.allclose(by_rule.lam, other.lam)
+            found = bandit.spac_by_rule(there, wins, torch.full((4,), float(plain)).double())
+            rules = [bandit.theorem(there, wins, 1, plain=rule).lam for rule in (plain, not plain)]
+            mine, other = (bandit.run_proximal(there, wins, rule) for rule in rules)
+            assert torch.equal(found, mine) and not torch.allclose(found, other, atol=1e-4)
 
 
 def test_a_contest_shows_each_method_at_the_setting_that_is_best_on_average(rng, monkeypatch):
@@ -785,8 +804,8 @@ def test_a_contest_shows_each_method_at_the_setting_that_is_best_on_average(rng,
         assert np.allclose(found, [0.1] * 3)
     for found in errors["again"]:  # alone in its grid: the control
         assert np.allclose(found, [0.0, 0.2, 0.2])
-    assert torch.equal(seen[0][0], seen[1][0]) and seen[0].shape == (4, 3, 1, 3, 3)
-    assert (seen[0] == seen[0][:1]).all() and not torch.equal(seen[0][0], seen[2][0])
+    assert torch.equal(seen[0], seen[1]) and seen[0].shape == (1, 3, 1, 3, 3)
+    assert not torch.equal(seen[0], seen[2])
 
 
 def test_a_contest_agrees_with_settings_tried_one_by_one(rng):
@@ -809,17 +828,17 @@ def test_a_contest_agrees_with_settings_tried_one_by_one(rng):
 
 
 def test_every_method_of_the_contest_gives_policies_at_each_setting(rng):
-    """Shapes, sums and signs for the whole table of methods; DPO's two references both stand in."""
+    """Shapes, sums and signs for the whole table of methods, on tables and with shared features."""
     world = bandit.rare(300, 2)
     wins = bandit.sample_wins(world.repeat(2), 300, rng)
-    for name, (method, grid) in bandit.METHODS.items():
-        hyper = double(grid[0]).unsqueeze(-1).expand(-1, 2)
-        pi = method(world, wins, *hyper)
-        assert pi.shape == (2, 1, 4), name
-        assert pi.min() >= 0 and torch.allclose(pi.sum(-1), torch.ones(2, 1).double()), name
-    for name in ("DPO", "IPO", "chi-PO", "RPO", "SPAC", "SPAC theorem", "SPAC plain"):
-        assert name in bandit.METHODS and name + " u" in bandit.METHODS
-        assert bandit.METHODS[name][1] == bandit.METHODS[name + " u"][1]  # the same generosity
+    shared = bandit.hedge(300, 2)
+    other = bandit.sample_wins(shared.repeat(2), 300, rng)
+    for there, data in ((world, wins), (uniform(world), wins), (shared, other)):
+        for name, (method, grid) in FIELD.items():
+            hyper = double(grid[0]).unsqueeze(-1).expand(-1, 2)
+            pi = method(there, data, *hyper)
+            assert pi.shape == data.shape[:-1], name
+            assert pi.min() >= 0 and torch.allclose(pi.sum(-1), torch.ones(()).double()), name
 
 
 # -------------------------------------------------------- claims and verdicts
@@ -1045,15 +1064,9 @@ def test_a_figure_is_drawn_of_lines_bands_zeros_and_paths(tmp_path):
     runs = [torch.tensor([0.1, 0.2, 0.3]).double(), torch.zeros(3).double()]
     panels = [bandit.panel("n", [1, 10], {"SPAC": runs, "DPO": runs, "bound": [2.0, 0.0]})]
     panels += [bandit.panel("t", [1, 2], {"belief": [-1.0, 1.0]}, "f", "linear")]
-    path = {"x": [0.1, 0.5], "mean": [0.0, 0.8]}
-    panels += [
-        bandit.panel("", None, {}, "", "linear") | {"lines": {"SPAC-T": path}, "corners": "abc"}
-    ]
     bandit.draw(tmp_path / "full.png", panels)
     bandit.draw(tmp_path / "one.png", panels[:1])
-    blank = [
-        panel | {"lines": {"line": {"x": [1, 2], "mean": [1, 1]}}} for panel in panels[1:2] * 3
-    ]
+    blank = [panel | {"lines": {"line": {"mean": [1, 1]}}} for panel in panels[1:2] * 3]
     bandit.draw(tmp_path / "blank.png", blank)
     sizes = {p.stem: len(p.read_bytes()) for p in tmp_path.iterdir()}
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in tmp_path.iterdir())
@@ -1069,7 +1082,7 @@ from pathlib import Path
 import toy_bandit as bandit
 names = [experiment.__name__ for experiment in bandit.EXPERIMENTS]
 claims, data = {}, {}
-for name in ("dpo_failures", "mechanism"):
+for name in ("dpo_failures", "price"):
     found, pictures = bandit.run_experiment(names.index(name), 0, True)
     claims, data = claims | found, data | {name: pictures}
 sys.exit(bandit.report(Path(sys.argv[1]), "toy_bandit", claims, data, {"seed": 0}))
@@ -1092,10 +1105,11 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path):
         done = python("-c", SHORT, out, PYTHONHASHSEED=variant, OMP_NUM_THREADS=variant)
         assert done.returncode == 0 and "FAIL" not in done.stdout, done.stdout + done.stderr
         written.append((out / "toy_bandit.json").read_bytes())
-        figures.append((out / "mechanism.png").read_bytes())
+        figures.append((out / "price.png").read_bytes())
     assert written[0] == written[1] and figures[0] == figures[1]
     found = json.loads(written[0])["claims"]
-    assert set(found) == {"dpo_unseen_response", "dpo_rare_response"}
+    names = {"dpo_unseen_response", "dpo_rare_response", "lower_bound", "coverage_cost"}
+    assert set(found) == names
     fields = {"holds", "value", "limit", "runs", "says", "kind"}
     assert all(set(claim) == fields and claim["holds"] for claim in found.values())
     index = bandit.EXPERIMENTS.index(bandit.dpo_failures)
@@ -1118,7 +1132,7 @@ before = state()
 import toy_bandit as bandit
 imported = state() == before
 draw = lambda: np.random.default_rng(0)
-bandit.mechanism(True, draw())
+bandit.dpo_failures(True, draw())
 bandit.contest([(bandit.rare(300, 1), 300)], ["DPO", "SPAC", "RLHF + KL"], 2, draw())
 used = state() == before
 torch.rand(1)
