@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CEILINGS = {"spac.py": 220, "toy_bandit.py": 700, "train_mistral.py": 750}
+CEILINGS = {"spac.py": 240, "toy_bandit.py": 780, "train_mistral.py": 750}
 CEILINGS |= {"theory.md": 800, "README.md": 220}
 MODULES = ["spac", "toy_bandit", "train_mistral"]
 THEORY = (ROOT / "theory.md").read_text(encoding="utf-8")
