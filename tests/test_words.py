@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CEILINGS = {"spac.py": 220, "toy_bandit.py": 700, "train_mistral.py": 750}
-CEILINGS |= {"theory.md": 800, "README.md": 220}
+CEILINGS |= {"theory.md": 1000, "README.md": 220}
 MODULES = ["spac", "toy_bandit", "train_mistral"]
 THEORY = (ROOT / "theory.md").read_text(encoding="utf-8")
 README = ROOT / "README.md"
@@ -71,10 +71,25 @@ def cited_equations(text: str) -> set[int]:
 
 
 def test_equation_headings_are_numbered_without_gaps():
-    assert list(headings()) == list(range(1, len(headings()) + 1)) and len(headings()) >= 33
+    """Part I tells them in another order than the proofs; each number stands once."""
+    assert sorted(headings()) == list(range(1, len(headings()) + 1)) and len(headings()) >= 45
     assert re.findall(r"^###? Eq\. .*", THEORY, re.M) == [
         line for line in THEORY.splitlines() if re.match(r"### Eq\. \d+ - \S", line)
     ]
+
+
+def test_the_story_is_short_and_comes_before_the_proofs():
+    """Part I within 350 lines; what it states as equations, it proves or defines itself."""
+
+    def lengths(text):
+        parts = re.split(r"^(# Part I+ - .*)$", text, flags=re.M)
+        return {title: body.count("\n") for title, body in zip(parts[1::2], parts[2::2])}
+
+    (story, first), (proofs, rest) = lengths(THEORY).items()
+    assert story.startswith("# Part I ") and proofs.startswith("# Part II ")
+    assert first <= 350 and rest > first
+    planted = "# Part I - a\nx\n# Part II - b\n" + "y\n" * 400
+    assert list(lengths(planted).values()) == [2, 401]
 
 
 def test_every_equation_cited_is_a_heading_of_the_theory():
