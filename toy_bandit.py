@@ -692,9 +692,10 @@ def price(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
 COLOURS = {  # a method has one colour in every picture
     "SPAC": "#0072B2", "SPAC theorem": "#56B4E9", "SPAC no C": "#1A237E", "RPO": "#009E73",
     "SPAC-T, last": "#56B4E9", "DPO": "#D55E00", "DPO stopped": "#E69F00", "win share": "#7B5FC4",
-    "pessimistic MLE": "#882255", "RLHF greedy": "#000000", "data policy": "#999933",
+    "pessimistic MLE": "#882255", "RLHF greedy": "#000000", "IPO": "#A65628",
+    "data policy": "#999933",
 }  # fmt: skip
-OTHERS, THEORY = ["#D55E00", "#E69F00", "#009E73", "#8C564B", "#CC79A7"], "#888888"
+OTHERS, THEORY = ["#E377C2", "#17BECF", "#5F6B3A", "#C49C6B", "#5A6B8C"], "#888888"
 
 
 def draw(path: Path, panels: list[dict]) -> None:

@@ -32,7 +32,8 @@ theorem concentrability_exact  largest          0     1.0001 C/(chi2/2) elsewher
 theorem concentrability_exact  counter-example  2.249 2.251  C/a^2, where chi2/2 gives 3
 theorem change_of_variables    optimum          0     1e-6   one step's optimal value / SPAC-T's - 1
 theorem certificate            identity         0     1e-9   sum of the terms less the gap, largest
-goal    certificate_reads      inexact,1-step   .5    2      the critic's error / gap, mediocre
+goal    certificate_reads      inexact,1-step   .5    2      the critic's error / gap, mediocre, 3e3
+goal    certificate_reads      travel,eta-x-1   3     30     KL travelled / the base's: ten times
 goal    certificate_reads      steps/Hoeffding  0     .2     KL spent over eta R^2 / 8, smoothed
 goal    certificate_reads      inexact,smoothed -1    .05    the critic's error there, smoothed
 theorem proximal               fall             0     1e-9   of Psi in a round, beyond its gap
@@ -226,13 +227,14 @@ def mediocre(n: int) -> bandit.Instance:
     return bandit.single_prompt(mu, [1.0, 0.75, 0.25] + [0.0] * 8)
 
 
+CERTIFIED = "mediocre, n = 3,000"  # where too few data, rounds or inner steps show side by side
 WORLDS = {"rare": lambda n: bandit.rare(n, 8), "mediocre": mediocre}
 
 
 def ablation(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
     """One factor at a time: error after 60 rounds, how far J still moves, and the certificate."""
     seeds, table = 24 if quick else 100, {row: {"why": why} for row, (_, why) in ABLATION.items()}
-    off = 0.0
+    off = []
     for n, label in product((3000, 300_000), WORLDS):
         world = WORLDS[label](n)
         wins = bandit.sample_wins(world.repeat(seeds), n, rng)
@@ -244,9 +246,13 @@ def ablation(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
             verdict = "oscillates" if moved > 0.02 else "settles"
             terms = spac.certificate(policies, beta, best, world.reward, wins, lam)
             gap = regrets[:-1].mean(0)  # one prompt: J is J at the prompts of the data
-            off = max(off, (sum(terms.values()) - gap).abs().max().item())
+            known = sum(terms.values()).isfinite()  # not where a policy has lost a response
+            off += (sum(terms.values()) - gap)[known].abs().tolist()
             cell = {"error": regrets[-1].mean().item(), "moved": moved, "verdict": verdict}
-            cell |= {name: term.mean().item() for name, term in terms.items()}
+            cell |= {
+                name: term[known].mean().item() if known.any() else None
+                for name, term in terms.items()
+            }
             cell |= {"gap": gap.mean().item(), "Hoeffding": world.R**2 / (8 * beta)}
             table[row][f"{label}, n = {n:,}"] = cell
     value = {
@@ -256,34 +262,41 @@ def ablation(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
         "one-step": table["1 gradient step"]["mediocre, n = 300,000"]["error"],
     }
     claims = bandit.judge("what_makes_it_work", value, 4 * seeds, EXPECTED)
-    claims |= bandit.judge("certificate", {"identity": off}, 4 * seeds * len(ABLATION), EXPECTED)
-    one, soft = (
-        table[row]["mediocre, n = 300,000"] for row in ("1 gradient step", "smoothed, no box")
-    )
+    claims |= bandit.judge("certificate", {"identity": max(off)}, len(off), EXPECTED)
+    rows = ("1 gradient step", "eta x 1", "smoothed, no box")
+    one, slow, soft = (table[row][CERTIFIED] for row in rows)
     value = {"inexact,1-step": one["inexact"] / one["gap"], "inexact,smoothed": soft["inexact"]}
+    value |= {"travel,eta-x-1": slow["travel"] / table["base"][CERTIFIED]["travel"]}
     value |= {"steps/Hoeffding": soft["steps"] / soft["Hoeffding"]}
     return claims | bandit.judge("certificate_reads", value, seeds, EXPECTED), {"table": table}
 
 
-def draw_certificate(path: Path, table: dict, column="mediocre, n = 300,000") -> None:
+def draw_certificate(path: Path, table: dict) -> None:
     """The terms of Eq. 36 and 37, one row a variant; they add up to the gap, a dot."""
     figure = Figure(figsize=(8, 5), layout="constrained")
-    axis, rows = figure.subplots(), list(table)[::-1]
-    shown = {"travel": "KL travelled", "steps": "KL spent", "doubt": "statistics"}
-    shown |= {"inexact": "critic's error"}
-    colours = [bandit.COLOURS[name] for name in ("SPAC theorem", "SPAC", "RPO", "DPO stopped")]
-    for (term, label), colour in zip(shown.items(), colours):
+    cells = {row: table[row][CERTIFIED] for row in table}
+    axis = figure.subplots()
+    terms = {"travel": "KL travelled", "steps": "KL spent", "doubt": "statistics"}
+    terms |= {"inexact": "critic's error"}
+    colours = [bandit.COLOURS["SPAC theorem"], bandit.COLOURS["SPAC"], *bandit.OTHERS[2:4]]
+    rows = [row for row in cells if all(abs(cells[row][t] or 9) < 0.5 for t in terms)][::-1]
+    beyond = ", ".join(row for row in cells if row not in rows)
+    ends = {row: {1: 0.0, -1: 0.0} for row in rows}  # where the bars of either sign have got to
+    for (term, label), colour in zip(terms.items(), colours):
         for k, row in enumerate(rows):
-            value = table[row][column][term]
-            others = (table[row][column][name] for name in list(shown)[: list(shown).index(term)])
-            left = sum(other for other in others if other * value > 0)
-            axis.barh(k, value, left=left, color=colour, label=None if k else label, height=0.7)
-    axis.plot([table[row][column]["gap"] for row in rows], range(len(rows)), "ko", label="the gap")
+            value = cells[row][term]
+            sign = 1 if value > 0 else -1
+            axis.barh(k, value, left=ends[row][sign], color=colour, label=None if k else label)
+            ends[row][sign] += value
+    axis.plot(
+        [cells[row]["gap"] for row in rows], range(len(rows)), "ko", label="their sum, the gap"
+    )
     axis.axvline(0, color=bandit.THEORY, lw=0.8)
-    axis.set(xscale="symlog", xlabel="regret of a round, on average, by its cause")
-    axis.set_xscale("symlog", linthresh=0.1)
+    axis.set(
+        xlabel=f"regret, mean of 60 rounds, by its causes ({CERTIFIED})\noff the scale: {beyond}"
+    )
     axis.set_yticks(range(len(rows)), rows)
-    axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=5, fontsize=9)
+    axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(-0.15, 1), ncols=5, fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100)
 
@@ -445,11 +458,9 @@ def proximal(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
 def linear_class(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
     """Eq. 41 where every prompt is new: n prompts with one pair each, responses that mix d = 4
     prototypes whose rewards are the unknowns. Tables learn nothing from another prompt."""
-    ns, seeds, rounds = (
-        ([100, 1000], 8, 100) if quick else ([100, 300, 1000, 3000, 10_000], 20, 300)
-    )
+    ns, seeds, rounds = ([100, 1000], 8, 100) if quick else ([100, 300, 1000, 3000], 20, 300)
     theta, R = torch.tensor([1.8, 1.2, 0.6, 0.2]).double(), 2.0
-    names = ("bound, Eq. 41", "SPAC-T, mixture", "SPAC-T, last, new prompts", "tables, mixture")
+    names = ("bound, Eq. 41", "SPAC-T, mixture", "SPAC-T, last (new x)", "tables, mixture")
     lines, violations, bounded = {name: [] for name in (*names, "data policy")}, 0, 0
 
     def prompts(count):
@@ -622,6 +633,7 @@ def draw_mechanism(path: Path, found: dict) -> None:
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     simplex, belief = figure.subplots(1, 2)
     simplex.set_axis_off()
+    simplex.set(ylim=(-0.1, 0.95))
     simplex.plot([0, 1, 0.5, 0], [0, 0, 0.866, 0], color=bandit.THEORY, lw=0.8)
     for name, x, y in zip(names, (0, 1, 0.5), heights):
         simplex.text(x, y, name, ha="center")
@@ -633,10 +645,11 @@ def draw_mechanism(path: Path, found: dict) -> None:
         simplex.plot(x[-1], y[-1], ">", color=colour)
     simplex.plot(0.6, 0.0, "ko", label="start, the data policy")
     simplex.legend(frameon=False, loc="upper left")
-    for name, line, colour in zip(names, found["beliefs"], bandit.OTHERS[2:]):
+    for name, line, colour in zip(names, found["beliefs"], bandit.OTHERS):
         belief.plot(range(1, 61), line, color=colour)
-        belief.text(61, line[-1], name, color=colour, va="center")
+        belief.text(1, line[0] + 0.012, name, color=colour, va="bottom")
     belief.set(xlabel="round (t)", ylabel="critic f_t, centred on the data")
+    belief.margins(y=0.1)
     belief.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100)
 
