@@ -1,7 +1,7 @@
 """SPAC's guarantee, checked on tabular contextual bandits: python toy_bandit.py
 
-Preference pairs are really sampled, SPAC-T (spac.py) runs with an exact critic, and each claim of
-theory.md is measured beside its bound; then SPAC meets its rivals. Prints a verdict for each claim
+Preference pairs are really sampled, SPAC (spac.py) runs with an exact critic, and the theorems of
+theory.md are measured beside their bounds; SPAC meets its rivals. Prints a verdict for each claim
 (FAIL: a violated theorem, exit status 1; MISSED: a goal not reached) and writes OUT/toy_bandit.json
 with the figures drawn from it. X prompts, A responses; leading axes are independent runs; float64.
 """
