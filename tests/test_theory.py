@@ -692,9 +692,12 @@ def test_the_critics_certificate_bounds_its_gap(rng):
             value.backward()
             return value.item(), f.grad.flatten().numpy()
 
-        least = optimize.minimize(
-            psi, np.ones(8), jac=True, bounds=[(0, 2)] * 8, method="L-BFGS-B", options=TIGHT
-        ).fun
+        starts, bounds = (np.ones(8), rng.uniform(0, 2, 8)), [(0, 2)] * 8  # one may stop early
+        least = min(
+            optimize.minimize(psi, f, jac=True, bounds=bounds, method=method, options=options).fun
+            for f in starts
+            for method, options in (("L-BFGS-B", TIGHT), ("SLSQP", {"ftol": 1e-15}))
+        )
         for value, gap in values.values():
             assert value - gap - 1e-9 <= least <= value + 1e-9
         assert values[1e9][0] - least > 1e-3
@@ -1089,12 +1092,23 @@ def one_prompt(wins: Tensor, lam: float, pi: Tensor, **other):
 
 
 def boxed_least(objective, R=2.0) -> tuple[float, Tensor]:
-    """scipy's minimum over [0, R]^4: value, minimiser."""
-    box = [(0, R)] * 4
-    found = optimize.minimize(
-        objective, np.full(4, R / 2), jac=True, bounds=box, method="L-BFGS-B", options=TIGHT
-    )
-    return found.fun, torch.tensor(found.x)
+    """scipy's minimum over [0, R]^4, certified to 1e-5: value, minimiser. Where one method stops
+    early (at beta = .02 exponents are sharp) the next goes on from there."""
+    f = np.full(4, R / 2)
+    for method, options in [
+        ("L-BFGS-B", TIGHT),
+        ("SLSQP", {"ftol": 1e-15}),
+        ("L-BFGS-B", TIGHT),
+    ] * 5:
+        bounds = [(0, R)] * 4
+        found = optimize.minimize(
+            objective, f, jac=True, bounds=bounds, method=method, options=options
+        )
+        f = found.x.clip(0, R) if objective(found.x.clip(0, R))[0] <= objective(f)[0] else f
+        value, slope_there = objective(f)
+        if slope_there @ f - R * np.minimum(slope_there, 0).sum() <= 1e-5:  # as in Eq. 23
+            return value, torch.tensor(f)
+    raise AssertionError("scipy found no minimum")
 
 
 def small_game(rng, A=4, n=30):
@@ -1427,6 +1441,8 @@ def test_the_hedging_world_has_bounded_coverage_though_its_evidence_is_rare(rng)
         world = bandit.hedge(n)
         phi = world.features.numpy()
         wins = bandit.sample_wins(world, n, rng)
+        while not bandit.theorem(world, wins, 1).bound.isfinite():  # a u_k not met at all, 7 %
+            wins = bandit.sample_wins(world, n, rng)
         z = (phi[:, :, None] - phi[:, None, :]).reshape(-1, phi.shape[-1])
         G = (z * wins.numpy().reshape(-1, 1)).T @ z / n
         prompts, muhat = (t.numpy() for t in spac.data_policy(wins))
