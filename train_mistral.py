@@ -936,9 +936,9 @@ def judge(run: Run, name: str) -> dict:
         response = run.tokenizer.decode(y[: len(y) - finished])
         fact = {"length": len(y), "finished": finished}
         if run.heldout:  # a tie is half
-            for measure, lead in (("accuracy", 0.0), ("implied", first)):
-                lead = chosen - rejected - lead
-                fact[f"heldout_{measure}"] = ((lead > 0) + (lead >= 0)) / 2
+            for measure, usual in {"heldout_accuracy": 0.0, "heldout_implied": first}.items():
+                lead = chosen - rejected - usual
+                fact[measure] = ((lead > 0) + (lead >= 0)) / 2
         if run.config.preset == "tiny":
             fact["reward"] = world.reward(prompt, response) / world.best
             fact["outside"] = world.outside(response)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CEILINGS = {"spac.py": 240, "toy_bandit.py": 780, "train_mistral.py": 750}
+CEILINGS = {"spac.py": 240, "toy_bandit.py": 780, "train_mistral.py": 900}
 CEILINGS |= {"theory.md": 1000, "README.md": 220}
 MODULES = ["spac", "toy_bandit", "train_mistral"]
 THEORY = (ROOT / "theory.md").read_text(encoding="utf-8")
@@ -274,7 +274,9 @@ def too_wide(name: str, text: str) -> list[int]:
     ]
 
 
-MISSED = pytest.mark.xfail(reason="840 lines: prefix sharing, resume and their guards", strict=True)
+MISSED = pytest.mark.xfail(
+    reason="1,084 lines: every real input, and bf16, average, resume with their guards", strict=True
+)
 
 
 @pytest.mark.parametrize(
