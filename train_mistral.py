@@ -146,6 +146,8 @@ def parse(argv: list[str] | None = None) -> Config:
     config = Config(**default | given)
     if preset == "tiny" and (config.model or config.data):
         parser.error("tiny makes its own model and data: add --preset mistral-7b to use yours")
+    if preset == "tiny" and (config.rows < 1 or config.heldout < 0):
+        parser.error("tiny draws as many pairs as --rows and --heldout say: 1 and 0 at least")
     for name, value in vars(config).items():
         above, most = fields[name]["above"], fields[name]["most"]
         if type(value) in (int, float) and not above < value <= most:
@@ -254,11 +256,14 @@ def conversations(row) -> list[list[dict]]:
     unread = [name for name in UNREAD if row.get(name)]
     require(not unread, f"columns that this trainer does not read: {', '.join(unread)}", ValueError)
     lacking = "no {}, as text or messages; the row has " + ", ".join(sorted(map(str, row)))[:200]
-    system = messages(row.get("system"), "system")
+    for name in ("system", "prompt"):
+        fine = row.get(name) is None or isinstance(row[name], str | list)
+        require(fine, lacking.format(name), ValueError)
+    system = messages(row.get("system") or [], "system")
     for field in ("chosen", "rejected"):
         *before, answer = messages(row.get(field), "assistant") or [None]
         require(answer, lacking.format(field), ValueError)
-        asked = messages(row.get("prompt"), "user") or before
+        asked = messages(row.get("prompt") or [], "user") or before
         asked = system[: asked[:1] != system] + asked
         if before and asked[-len(before) :] != before:  # a whole conversation: is asked part of it?
             parts = [before[i : i + len(asked)] for i in range(len(before))]
@@ -732,7 +737,7 @@ def check_model(run: Run) -> None:
             scorer.sharing, beside = True, math.inf
             with contextlib.suppress(Exception):  # a model that takes no mask of ours
                 beside = gap(scorer(items))
-            run.state["sharing"] = fits and beside <= limit
+            run.state["sharing"] = all(gather(fits and beside <= limit))  # an odd rank decides
     scorer.sharing = run.state["sharing"]
     say("responses to a prompt " + ("share one row" if scorer.sharing else "take a row each"))
 

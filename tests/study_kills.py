@@ -293,7 +293,7 @@ def left(out: Path) -> dict[str, object]:
                 event.pop("seconds", None), event.pop("peak_bytes", None)
         elif name == "state/page":
             page = sealed(content)
-            fleeting = "seconds peak_bytes logs saves".split()
+            fleeting = "seconds peak_bytes logs saves began".split()
             content = {key: value for key, value in page.items() if key not in fleeting}
         elif name.startswith("state/"):  # the tensors; DTensor's pickle holds a salted hash
             whole = zipfile.ZipFile(io.BytesIO(content))
@@ -323,7 +323,7 @@ def repeated(out: Path) -> int:
     keys = []
     for name in ("log.jsonl", "samples.jsonl"):
         for line in map(json.loads, open(out / name)):
-            keys.append((name, *(line.get(key) for key in ("event", "round", "step", "row"))))
+            keys.append((name, *(line.get(key) for key in ("event", "round", "step", "row", "of"))))
     for path in out.glob("play/*/*"):
         keys += [(path.parent.name, row) for row in sealed(path.read_bytes())]
     return len(keys) - len(set(keys))

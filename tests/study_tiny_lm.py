@@ -102,7 +102,7 @@ def fixed_reference(play):
         if not name.startswith("round-"):
             return play(run, rows, name)
         if first:  # the opponent is pi_1, not pi_t: the trainer's check that it is must not stop us
-            trainer.TOLERANCE["cpu"] = math.inf
+            trainer.TOLERANCE[False] = math.inf
         else:
             first.append(play(run, rows, name))
         return first[0]
@@ -113,7 +113,9 @@ def fixed_reference(play):
 def train(out: Path, **flags) -> list[dict]:
     """A run of train_mistral.py; its log's rounds."""
     argv = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    config = trainer.parse(["--out", str(out), "--checkpoint_every", "100000", *argv])
+    config = trainer.parse(
+        ["--out", str(out), "--checkpoint_every", "100000", "--average", "0", *argv]
+    )
     shutil.rmtree(out, ignore_errors=True)
     with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(trainer, "draw_curves"):
         trainer.main(config)
@@ -141,7 +143,7 @@ def learn(job: tuple[int, dict, dict, dict]) -> dict:
     flags = {name: value for name, value in setting.items() if name not in ("kind", "sft")}
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(trainer.CopyDigits, "model", model))
-        patches.enter_context(mock.patch.object(trainer.Run, "save_round"))
+        patches.enter_context(mock.patch.object(trainer.Run, "save_model"))
         patches.enter_context(mock.patch.dict(trainer.TOLERANCE))
         if setting["kind"] in ("DPO", "RPO"):
             play = fixed_reference(trainer.play)

@@ -800,7 +800,15 @@ GOOD = [
     {"prompt": [S, U], "chosen": [U, A], "rejected": [U, B]},  # or more of it
     {"system": "s", "prompt": "u", "chosen": "one", "rejected": "two", "score": 3},
     {"system": "s", "chosen": [S, U, A], "rejected": [S, U, B]},
-    {"prompt": "u", "input": "", "history": None, "chosen": [U, A], "rejected": [U, B]},
+    {"prompt": "", "system": "", "chosen": [U, A], "rejected": [U, B]},
+    {
+        "prompt": "u",
+        "system": None,
+        "input": "",
+        "history": None,
+        "chosen": [U, A],
+        "rejected": [U, B],
+    },
     {"chosen": [S, U, A, U, A], "rejected": [S, U, A, U, B]},
     {"prompt": [U, A, U], "chosen": "one", "rejected": "two"},
 ]
@@ -815,7 +823,12 @@ BAD = [
     ("wrong role order", [PAIR | {"chosen": [{"role": ["x"], "content": "x"}]}]),
     ("an empty or no text", [PAIR | {"chosen": ["x"]}, PAIR | {"chosen": [{"role": "user"}]}]),
     ("an empty or no text", [PAIR | {"prompt": [U | {"content": [{"type": "text"}]}]}]),
-    ("an empty or no text", [PAIR | {"chosen": " \n"}, PAIR | {"prompt": ""}]),
+    ("an empty or no text", [PAIR | {"chosen": " \n"}]),
+    (
+        "no prompt",
+        [PAIR | {"prompt": ""}, {"prompt": {"a": 1}, "chosen": [U, A], "rejected": [U, B]}],
+    ),
+    ("no system", [PAIR | {"system": 5}, PAIR | {"system": {"role": "system", "content": "x"}}]),
     ("contradicts", [{"prompt": "other", "chosen": [U, A], "rejected": [U, B]}]),
     ("contradicts", [{"prompt": [U, A, U], "chosen": [U, A, U, A], "rejected": [S, U, B]}]),
     ("wrong role order", [{"system": "x", "chosen": [S, U, A], "rejected": [S, U, B]}]),
@@ -1884,6 +1897,8 @@ def test_options_out_of_range_or_abbreviated_are_refused(capsys):
         ["--clip", "nan"],
         ["--warmup", "1.5"],
         ["--warmup", "-0.1"],
+        ["--rows", "0"],
+        ["--heldout", "-1"],
     ):
         with pytest.raises(SystemExit):
             tm.parse(argv)
