@@ -56,7 +56,7 @@ goal    average_leads             {n=300}   -.02 1 SPAC's average less the best 
 goal    average_beats_oracle_stop {n>=1000} 1e-9 1 SPAC's average less the best rival's oracle stop
 goal    average_beats_oracle_stop {n=300}   -.02 1 SPAC's average less the best rival's oracle stop
 goal    critic_matters            {all}     .03  1 SPAC's average less that of the same without it
-goal    rare_doubted              {styles}  0    .2 mass on lucky styles, averages: SPAC's over DPO's
+goal    rare_doubted              {styles}  0    .2 mass on lucky styles, averages: SPAC over DPO
 theorem certificate_adds_up       {all}     0    5 sum of terms less the gap, in standard errors
 """  # kind, claim, points, least and most expected, what it is: written before it was run
 # A lucky rare style won all, or all but one, of its three or more comparisons: the data choose it.
