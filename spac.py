@@ -226,7 +226,7 @@ def certificate(policies, beta: float, best: Tensor, reward: Tensor, wins: Tenso
     def excess(pi, f):
         return critic_objective(pi, f, wins, lam) - critic_objective(pi, reward, wins, lam)
 
-    critics = [beta * (q.log() - p.log()) for p, q in steps]  # Eq. 26
+    critics = [beta * (q.log() - p.log()).masked_fill(p == 0, 0.0) for p, q in steps]  # Eq. 26
     terms = {"travel": beta * (kl(best, policies[0]) - kl(best, policies[-1]))}
     terms["steps"] = beta * sum(kl(p, q) for p, q in steps)
     terms["doubt"] = -sum(excess(best, f) for f in critics)

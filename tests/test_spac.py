@@ -789,3 +789,16 @@ def test_each_term_of_the_certificate_equals_its_definition(rng):
     halved = spac.certificate(args[0], beta / 2, *args[2:], double(lam))
     assert torch.allclose(2 * halved["steps"], found["steps"])
     assert not torch.allclose(2 * halved["inexact"], found["inexact"], rtol=1e-3)
+
+
+def test_the_certificate_of_policies_with_zeros_adds_up_too():
+    """What no policy says has a critic of 0, and the four terms still make up the gap."""
+    torch.manual_seed(0)
+    wins = torch.zeros(1, 3, 3, dtype=torch.float64)
+    wins[0, 0, 1], wins[0, 1, 0] = 5, 3
+    policies = [torch.tensor([[p, 1 - p, 0.0]], dtype=torch.float64) for p in (0.5, 0.6, 0.8)]
+    best, reward = (torch.tensor([row]).double() for row in ([1.0, 0.0, 0.0], [1.0, 0.5, 0.0]))
+    terms = spac.certificate(policies, 2.0, best, reward, wins, 3.0)
+    gap = sum(((best - pi) * reward).sum() for pi in policies[:2]) / 2
+    assert abs(sum(terms.values()).sum() - gap) < 1e-12
+    assert abs(sum(terms.values()).sum() - terms["inexact"].sum() - gap) > 1e-3  # control
