@@ -124,6 +124,7 @@ def run_of(plan: Plan, out: Path, device: torch.device, dtype: torch.dtype) -> t
         micro_batch=pairs, generate_batch=64, heldout=0,
     )  # fmt: skip
     state = dict(round=1, step=0, saves=0, pi_t="", largest=0.0, seconds={}, peak_bytes={})
+    state |= {"noise": 0.0, "first": {}}
     state["logs"] = {"log.jsonl": [], "samples.jsonl": []}
     rows = rows_of(plan, config.batch * plan.steps)
     return tm.Run(config, out, tm.Scorer(lm), None, {2}, rows, [], state)
@@ -147,23 +148,23 @@ def generation(plan: Plan, out: Path, device: torch.device) -> dict:
 def training(run: tm.Run, plan: Plan, device: torch.device, card: float) -> dict:
     """play() and train() of train_mistral.py, once warm, and the memory of each part."""
     tm.Run.save_state = lambda *_: None  # 29 GB a state, and nothing to go on with
-    tm.shard(run.scorer, device)
+    run.config = dataclasses.replace(run.config, bf16=True, recompute=True, average=0.0)
+    tm.shard(run.scorer, device, run.config)
     free()
     memory = {"weights": bytes_now(device)}
     peak(device)
     tm.check_model(run)
-    run.scorer.lm.activation_checkpointing_enable({"use_reentrant": False})
 
     spent = run.state["seconds"]
     run.since = wait(device)
     played = tm.play(run, run.rows, "bench")
-    drawn, row = sum(len(r.generated) for r in played), plan.sizes.prompt + 3 * plan.sizes.response
+    drawn = sum(len(row.generated[0]) for row in played)
+    row = plan.sizes.prompt + 3 * plan.sizes.response
     found = {"play_seconds": dict(spent), "sampled_tokens_a_second": drawn / spent["generate"]}
     found["scored_tokens_a_second"] = len(played) * row / spent["score"]
     memory["playing_peak"] = max(run.state["peak_bytes"].values())
     free()
     peak(device)
-    run.scorer.train()
     tm.accumulate(run, played[: run.config.micro_batch])
     memory["backward_peak"], memory["weights_and_gradients"] = peak(device), bytes_now(device)
     memory["gradients"] = memory["weights_and_gradients"] - memory["weights"]
@@ -173,8 +174,9 @@ def training(run: tm.Run, plan: Plan, device: torch.device, card: float) -> dict
         run.state["step"] = 0
         return seconds(device, lambda: tm.train(run, rows, None))
 
+    run.scorer.zero_grad()  # train() clears its own gradients alone
     train(played[: run.config.batch])
-    memory["optimizer_and_rest"] = bytes_now(device) - memory["weights_and_gradients"]
+    memory["optimizer_and_rest"] = bytes_now(device) - memory["weights"]  # no gradient is left
     # That step's rate was next to nothing: pi is pi_t still, and train() will check it.
     step = train(played) / plan.steps
     memory["training_peak"] = max(peak(device), run.state["peak_bytes"]["train"])
@@ -193,7 +195,7 @@ def largest_batch(run: tm.Run, plan: Plan, device: torch.device) -> dict:
     length, rows, pairs, tried = plan.sizes.prompt + 3 * plan.sizes.response, run.rows, 1, {}
     while pairs <= plan.most:
         few = (rows * pairs)[:pairs]
-        few = [row._replace(generated=[*row.chosen], logps=[-1.0] * 3) for row in few]
+        few = [row._replace(generated=[[*row.chosen]], logps=[-1.0] * 3) for row in few]
         run.config = dataclasses.replace(run.config, micro_batch=pairs)
         run.scorer.zero_grad()
         free()
