@@ -1,36 +1,32 @@
-"""Does SPAC hold its level on a language model with few pairs? python tests/study_tiny_lm.py
+"""SPAC in language models, fairly judged: python tests/study_tiny_lm.py --out results
 
-The tiny preset's world (six digits to be copied, true reward known), 300 preference pairs, 240
-gradient steps for every method: 8 rounds of 6 epochs, each with its own warm-up and cosine, each
-evaluated on 500 held-out prompts. All methods of a seed share the pairs and the start, a model
-supervised on 1,000 other pairs' responses. Settings are tuned on seeds 0-4 and frozen; the claims
-are about other seeds. Every method is train_mistral.main: SPAC and iterated DPO (lam = inf) as it
-stands; for DPO the study hands it round 1's log-probabilities in every round, so that the reference
-stays pi_1 while rounds only mark where the curve is read; RPO is another loss on the same numbers.
-Writes OUT/tiny_lm.json and OUT/tiny_lm.png; about 40 minutes of one quiet core. Runs that are done
-are kept under out/tiny_lm, by the trainer's hash, so that it can go on.
+Two worlds whose true reward is known, tiny Mistrals, several numbers of pairs. All seeds of a
+setting are trained at once: their weights are stacked, and every product is batched over them.
 """
 
 import argparse
-import contextlib
 import hashlib
-import io
+import inspect
 import json
 import math
 import os
-import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages, as the trainer takes
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 import transformers  # noqa: E402
 from scipy import stats  # noqa: E402
+from torch import Tensor  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -39,263 +35,373 @@ import spac  # noqa: E402
 import toy_bandit as bandit  # noqa: E402
 import train_mistral as trainer  # noqa: E402
 
-EXPECTED = """
-goal spac_holds             drop -1   .03 SPAC's own best round less its last (share of best reward)
-goal beats_dpo_last         low   1e-6 1  SPAC's last less DPO's last: 95 % interval's lower end
-goal matches_dpo_oracle_stop lead -.01 1  SPAC's last less DPO's best early stop, seed by seed
-goal stays_inside           ratio 0   .25 share outside the data's support, SPAC's last over DPO's
-goal beats_dpo_same_lr      low   1e-6 1  as beats_dpo_last, DPO at SPAC's learning rate
-goal stays_inside_same_lr   ratio 0   .25 as stays_inside, DPO at SPAC's learning rate
-goal critic_is_the_cause    low   1e-6 1  SPAC's last less the same with lam = inf: 95 % interval
-goal critic_is_the_cause    drop  .03 1   lam = inf: its own best round less its last
-"""  # kind, claim, value, least and most expected, what it is; means over the report seeds
-# SPAC is the form (linear or smoothed) that tuning chose. DPO is tuned as SPAC is, learning rate
-# too: a small rate is an early stop that only the true reward could choose. So DPO at SPAC's rate
-# stands beside it. Its early stop is each seed's best round, as no user could know it, at whichever
-# DPO setting shown this is best on the mean.
 
-FIRST, TUNING, REPORT = range(1), range(5), range(15, 25)  # an earlier study has seen 5 to 14
-SIZES = dict(rows=300, heldout=500, rounds=8, epochs=6)
-START = dict(rows=1000, heldout=500, sft_epochs=10, sft_lr=3e-3, rounds=1, epochs=1)
-QUICK = SIZES | dict(rows=64, heldout=32, rounds=2, epochs=1), START | dict(rows=64, heldout=32)
-DPO = {"kind": "DPO", "lam": "inf", "lr": 1e-4}
-SAME = "DPO, same lr"
-OFF = {"kind": "SPAC", "lam": "inf", "lr": 1e-4}
-RPO = {"kind": "RPO", "lam": "inf", "lr": 1e-4}
-LINEAR = {"kind": "SPAC", "critic": "linear", "lr": 1e-4}
-SMOOTHED = {"kind": "SPAC", "critic": "smoothed", "lr": 1e-4}
-BETAS, RATES = (0.03, 0.1, 0.3), (3e-5, 1e-4, 3e-4)
-LONGER = {"rounds": 16, "epochs": 3}  # the same steps in twice as many rounds
-GRID = {  # first trials; then VARIED from the best of them, past a grid's edge where that was best
-    "DPO": [DPO | {"beta": beta, "lr": lr} for beta in BETAS for lr in RATES],
-    "iterated DPO": [OFF | {"beta": beta} for beta in BETAS],
-    "RPO": [RPO | {"beta": b, "sft": w} for b in (0.03, 0.1) for w in (0.03, 0.1, 0.3)],
-    "SPAC, linear": [LINEAR | {"beta": b, "lam": lam} for b in (0.1, 0.3) for lam in (2, 5, 10)],
-    "SPAC, smoothed": [SMOOTHED | {"beta": b, "lam": w} for b in (0.1, 0.3) for w in (1, 2.5, 5)],
-}
-VARIED = {
-    "DPO": [],
-    "iterated DPO": [{"lr": 3e-5}, {"lr": 3e-4}],
-    "RPO": [{"lr": 3e-4}, {"sft": 0.01}, {"beta": 0.3}],
-    "SPAC, linear": [{"lr": 3e-5}, {"lr": 3e-4}, {"lam": 20}, LONGER],
-    "SPAC, smoothed": [{"lr": 3e-4}, {"lam": 10}, LONGER],
+def proximal_critic(h_chosen, h_rejected, h_generated, beta):
+    """Both responses of the pair are to become likelier: the proximal form's doubt, without y'."""
+    return -beta * (h_chosen + h_rejected) / 2 + 0 * h_generated
+
+
+CRITICS = {
+    "linear": spac.linear_critic,
+    "smoothed": spac.smoothed_critic,
+    "proximal": getattr(spac, "proximal_critic", proximal_critic),
 }
 
-
-# -------------------------------------------------------- one run of the trainer
-def rpo_loss(weight: float):
-    """DPO, and `weight` nats of supervised loss on the chosen response; spac_loss's signature."""
-
-    def loss(policy, opponent, beta, lam, critic):
-        h_chosen, h_rejected, _ = (p - q for p, q in zip(policy, opponent))
-        preference = spac.preference_term(h_chosen, h_rejected, beta)
-        return preference - weight * policy[0], preference, -policy[0]
-
-    return loss
-
-
-def fixed_reference(play):
-    """The trainer's play(), whose first round's log-probabilities stand in every round."""
-    first = []
-
-    def replay(run, rows, name):
-        if not name.startswith("round-"):
-            return play(run, rows, name)
-        if first:  # the opponent is pi_1, not pi_t: the trainer's check that it is must not stop us
-            trainer.TOLERANCE["cpu"] = math.inf
-        else:
-            first.append(play(run, rows, name))
-        return first[0]
-
-    return replay
+# -------------------------------------------------------- the tiny preset's Mistral, stacked
+# R models, one a seed: weights (R, P), one row a model; activations (R, B, T, H).
+H, V, VALUES, WIDTH, REPEAT = 64, 24, 2, 16, 2  # REPEAT query heads share one of VALUES key heads
+ID = {c: i for i, c in enumerate(["<pad>", "<s>", "</s>", *trainer.CopyDigits.characters])}
+ZERO, A = ID["0"], ID["a"]
+BLOCK = {  # our weight: its shape, and the names of the weights that transformers keeps apart
+    "norm1": ((H,), ["input_layernorm"]),
+    "qkv": ((128, H), ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
+    "out": ((H, H), ["self_attn.o_proj"]),
+    "norm2": ((H,), ["post_attention_layernorm"]),
+    "gate_up": ((256, H), ["mlp.gate_proj", "mlp.up_proj"]),
+    "down": ((H, 128), ["mlp.down_proj"]),
+}
+WEIGHTS = {"embed": ((V, H), ["model.embed_tokens"])}
+for layer in "01":
+    for name, (shape, theirs) in BLOCK.items():
+        WEIGHTS[name + layer] = (shape, [f"model.layers.{layer}.{part}" for part in theirs])
+WEIGHTS |= {"norm": ((H,), ["model.norm"]), "head": ((V, H), ["lm_head"])}
+SIZES = [math.prod(shape) for shape, _ in WEIGHTS.values()]
 
 
-def train(out: Path, **flags) -> list[dict]:
-    """A run of train_mistral.py; its log's rounds."""
-    argv = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    config = trainer.parse(["--out", str(out), "--checkpoint_every", "100000", *argv])
-    shutil.rmtree(out, ignore_errors=True)
-    with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(trainer, "draw_curves"):
-        trainer.main(config)
-    events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [event for event in events if event["event"] == "round"]
+def flatten(model) -> Tensor:
+    """A transformers model's weights as one row (P,)."""
+    state = model.state_dict()
+    keys = [f"{name}.weight" for _, names in WEIGHTS.values() for name in names]
+    return torch.cat([state[key].reshape(-1) for key in keys])
 
 
-def learn(job: tuple[int, dict, dict, dict]) -> dict:
-    """(seed, setting, sizes, start's flags) -> reward and share outside after each round."""
+def scaled(x: Tensor, weight: Tensor) -> Tensor:  # RMS norm of (R, N, H)
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weight.unsqueeze(1)
+
+
+def logits(flat: Tensor, tokens: Tensor, positions: Tensor, hidden: Tensor, at, past=None):
+    """tokens (R, B, T), positions (T,), hidden (T, T or more): what is added to the scores of
+    attention -> the logits at the positions `at`, (R, B, len(at), V). past: a dict that keeps keys
+    and values of the tokens before these; they are seen too."""
+    R, B, T = tokens.shape
+    parts = zip(WEIGHTS.items(), flat.split(SIZES, 1))
+    W = {name: part.view(R, *shape) for (name, (shape, _)), part in parts}
+    rows = tokens + V * torch.arange(R).view(R, 1, 1)
+    x = F.embedding(rows, W["embed"].reshape(R * V, H)).view(R, B * T, H)
+    angle = positions.unsqueeze(-1) / 10000 ** (torch.arange(0, WIDTH, 2) / WIDTH)
+    cos = torch.cat([angle.cos(), angle.cos()], -1).unsqueeze(1)  # (T, 1, WIDTH)
+    sin = torch.cat([-angle.sin(), angle.sin()], -1).unsqueeze(1)
+    for layer in "01":
+        normed = scaled(x, W["norm1" + layer])
+        heads = torch.bmm(normed, W["qkv" + layer].mT).view(R * B, T, -1, WIDTH)
+        turned, v = heads[:, :, :-VALUES], heads[:, :, -VALUES:].transpose(1, 2)
+        turned = turned * cos + turned.roll(WIDTH // 2, -1) * sin
+        q, k = turned[:, :, :-VALUES], turned[:, :, -VALUES:].transpose(1, 2)
+        if past is not None:
+            old = past.get(layer, (k[:, :, :0], v[:, :, :0]))
+            k, v = past[layer] = torch.cat([old[0], k], 2), torch.cat([old[1], v], 2)
+        if layer == "1":  # from here on only what is asked for
+            q, x, hidden = q[:, at], x.view(R, B, T, H)[:, :, at].reshape(R, -1, H), hidden[at]
+        asked = q.shape[1]  # the query heads of one key head lie side by side as more queries
+        q = q.view(R * B, asked, VALUES, REPEAT, WIDTH).permute(0, 2, 3, 1, 4)
+        q = q.reshape(R * B, VALUES, REPEAT * asked, WIDTH)
+        scores = q @ k.mT / WIDTH**0.5 + hidden.repeat(REPEAT, 1)
+        mixed = (scores.softmax(-1) @ v).view(R * B, VALUES, REPEAT, asked, WIDTH)
+        mixed = mixed.permute(0, 3, 1, 2, 4).reshape(R, B * asked, H)
+        x = x + torch.bmm(mixed, W["out" + layer].mT)
+        wide = torch.bmm(scaled(x, W["norm2" + layer]), W["gate_up" + layer].mT)
+        gate, up = wide.chunk(2, -1)
+        x = x + torch.bmm(F.silu(gate) * up, W["down" + layer].mT)
+    return torch.bmm(scaled(x, W["norm"]), W["head"].mT).view(R, B, -1, V)
+
+
+@cache
+def layout(P: int, L: int, S: int):
+    """A prompt of P tokens and S responses of L, in one row: positions, what is hidden, where the
+    logits are wanted, and for each response token which of those predicts it (S, L)."""
+    each = torch.arange(P, P + L - 1)  # the last token of a response predicts nothing
+    positions = torch.cat([torch.arange(P), *[each] * S])
+    segments = torch.cat([torch.zeros(P), torch.arange(1, S + 1).repeat_interleave(L - 1)])
+    later = 1 + torch.arange(S * (L - 1)).view(S, L - 1)
+    predicts = torch.cat([torch.zeros(S, 1, dtype=torch.long), later], 1)
+    hidden = trainer.hide(segments.unsqueeze(0))[0, 0]
+    return positions, hidden, torch.arange(P - 1, len(positions)), predicts
+
+
+def logps(flat: Tensor, world, prompts: Tensor, responses: Tensor) -> Tensor:
+    """prompts (R, B, P), responses (R, B, S, L) -> log pi (R, B, S), in nats."""
+    (R, B, S, L), P = responses.shape, prompts.shape[-1]
+    positions, hidden, at, predicts = layout(P, L, S)
+    tokens = torch.cat([prompts, responses[..., :-1].reshape(R, B, -1)], -1)
+    found = logits(flat, tokens, positions, hidden, at)
+    each = spac.token_logps(found[:, :, predicts], responses)  # (R, B, S, L)
+    ended = (responses == world.end).cumsum(-1) - (responses == world.end).long() > 0
+    return each.masked_fill(ended, 0.0).sum(-1)
+
+
+@torch.no_grad()
+def score(flat: Tensor, world, prompts: Tensor, responses: Tensor, size=500) -> Tensor:
+    parts = zip(prompts.split(size, 1), responses.split(size, 1))
+    return torch.cat([logps(flat, world, *part) for part in parts], 1)
+
+
+@torch.no_grad()
+def sample(flat: Tensor, world, prompts: Tensor, generators: list) -> Tensor:
+    """prompts (R, B, P) -> one response each (R, B, L); a generator a model, so that what a seed
+    draws does not depend on which seeds stand beside it. What follows the end token is noise."""
+    B, P, past, new, drawn = *prompts.shape[1:], {}, prompts, []
+    for i in range(world.length):
+        T, before = new.shape[-1], P + i - 1
+        positions = torch.arange(T) if i == 0 else torch.tensor([before])
+        hidden = layout(P, 1, 0)[1] if i == 0 else torch.zeros(1, before + 1)
+        found = logits(flat, new, positions, hidden, torch.tensor([T - 1]), past)
+        noise = [torch.empty(B, V).exponential_(generator=g) for g in generators]
+        new = (found.squeeze(2) - torch.stack(noise).log()).argmax(-1, keepdim=True)  # Gumbel's
+        drawn.append(new)
+    return torch.cat(drawn, -1)
+
+
+# -------------------------------------------------------- two worlds
+class Styles:
+    """Three digits; answered by a style's letter and a digit.
+
+    r* is 0 for styles c..j, else .5 + .5 [style a] + .5 [digit = the prompt's first]. The data
+    policy takes each of c..j with probability 1/n, a with .4, else b; it copies the digit with
+    probability .5 and else draws one. So a rare style is met about twice in 2n responses."""
+
+    name, length, best, end = "styles", 2, 1.5, -1
+
+    def __init__(self, n: int):
+        self.styles = torch.tensor([0.4, 0.6 - 8 / n] + [1 / n] * 8)
+
+    def draw(self, count: int, g) -> tuple[Tensor, Tensor]:
+        """prompts (count, 4), two responses each (count, 2, 2)."""
+        x = torch.randint(10, (count, 3), generator=g)
+        style = torch.multinomial(self.styles, 2 * count, True, generator=g).view(count, 2)
+        other = torch.randint(10, (count, 2), generator=g)
+        digit = torch.where(torch.rand(count, 2, generator=g) < 0.5, x[:, :1], other)
+        prompts = torch.cat([x + ZERO, torch.full((count, 1), ID["="])], -1)
+        return prompts, torch.stack([style + A, digit + ZERO], -1)
+
+    def reward(self, prompts: Tensor, y: Tensor) -> Tensor:
+        """prompts (.., 4), y (.., 2) -> (..)"""
+        style, right = y[..., 0], (y[..., 1] == prompts[..., 0]).float()
+        return torch.where((style == A) | (style == A + 1), 0.5 * (1 + (style == A) + right), 0.0)
+
+    def optimal(self, prompts: Tensor) -> Tensor:
+        return torch.stack([torch.full_like(prompts[..., 0], A), prompts[..., 0]], -1)
+
+    @torch.no_grad()
+    def read(self, flat: Tensor, prompts: Tensor, generators) -> dict[str, Tensor]:
+        """Exactly, on 200 prompts; each (R, ..)."""
+        prompts = prompts[:, :200]
+        positions, hidden, at, _ = layout(4, 2, 2)
+        tokens = torch.cat([prompts, torch.tensor([A, A + 1]).expand(*prompts.shape[:2], 2)], -1)
+        p = logits(flat, tokens, positions, hidden, at).softmax(-1)  # (R, B, 3, V)
+        right = p[:, :, 1:].gather(-1, prompts[:, :, None, :1].expand(-1, -1, 2, 1)).squeeze(-1)
+        style = p[:, :, 0]
+        value = (style[..., A : A + 2] * (torch.tensor([1.0, 0.5]) + 0.5 * right)).sum(-1)
+        rare = style[..., A + 2 : A + 10].mean(1)  # (R, 8)
+        outside = 1 - style[..., A : A + 10].sum(-1).mean(1)
+        return {"reward": value.mean(1) / self.best, "outside": outside, "rare": rare}
+
+
+class Copy:
+    """trainer.CopyDigits, in ids: six digits are to be repeated, each is right with .64."""
+
+    name, length, best, end = "copy", 7, trainer.CopyDigits.best, ID["</s>"]
+
+    def draw(self, count: int, g) -> tuple[Tensor, Tensor]:
+        x = torch.randint(10, (count, 6), generator=g)
+        other = torch.randint(10, (count, 2, 6), generator=g)
+        y = torch.where(torch.rand(count, 2, 6, generator=g) < 0.6, x.unsqueeze(1), other)
+        first, last = torch.full((count, 1), ID["<s>"]), torch.full((count, 1), ID["="])
+        ends = torch.full((count, 2, 1), self.end)
+        return torch.cat([first, x + ZERO, last], -1), torch.cat([y + ZERO, ends], -1)
+
+    def reward(self, prompts: Tensor, y: Tensor) -> Tensor:
+        alive = (y[..., :6] == self.end).cumsum(-1) == 0
+        return 0.5 * ((y[..., :6] == prompts[..., 1:7]) & alive).float().sum(-1)
+
+    def optimal(self, prompts: Tensor) -> Tensor:
+        return torch.cat([prompts[..., 1:7], torch.full_like(prompts[..., :1], self.end)], -1)
+
+    def read(self, flat: Tensor, prompts: Tensor, generators) -> dict[str, Tensor]:
+        """By a sample for each prompt."""
+        y = sample(flat, self, prompts, generators)
+        digits = ((y[..., :6] >= ZERO) & (y[..., :6] < ZERO + 10)).all(-1) & (y[..., 6] == self.end)
+        reward = self.reward(prompts, y).mean(1) / self.best
+        return {"reward": reward, "outside": 1 - digits.float().mean(1)}
+
+
+def world_of(name: str, n: int):
+    return Styles(n) if name == "styles" else Copy()
+
+
+def generator(*parts) -> torch.Generator:
+    return torch.Generator().manual_seed(trainer.seed_of(*parts))
+
+
+def pairs(world, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """n pairs labelled by Bradley-Terry: prompts (n, P), [chosen, rejected] (n, 2, L)."""
+    g = generator("pairs", world.name, n, seed)
+    x, y = world.draw(n, g)
+    ahead = world.reward(x, y[:, 0]) - world.reward(x, y[:, 1])
+    first = torch.rand(n, generator=g) < torch.sigmoid(ahead)
+    return x, torch.where(first.view(n, 1, 1), y, y.flip(1))
+
+
+# -------------------------------------------------------- training, as train_mistral.train does it
+def optimizer_of(flat: Tensor):
+    return trainer.OPTIMIZERS["adamw"]([flat], weight_decay=0.0)
+
+
+def descend(flat: Tensor, optimizer, losses: Tensor, rate: float) -> None:
+    """One step on each model's own loss (R,), each gradient clipped to norm 1 by itself."""
+    (flat.grad,) = torch.autograd.grad(losses.sum(), flat)
+    norm = flat.grad.norm(dim=1, keepdim=True)
+    flat.grad *= (1.0 / (norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_
+    optimizer.param_groups[0]["lr"] = rate
+    optimizer.step()
+
+
+SFT = dict(steps=400, batch=64, lr=3e-3)
+
+
+def supervised(world, n: int, seeds) -> Tensor:
+    """The start pi_1 (R, P): the tiny preset's model, supervised on fresh draws of the data policy,
+    so that it is the data policy as nearly as the model can be."""
+    where = [world.name, n if world.name == "styles" else 0]
+    flat = torch.stack([flatten(trainer.CopyDigits().model(1000 + seed)) for seed in seeds])
+    generators = [generator("start", *where, seed) for seed in seeds]
+    optimizer = optimizer_of(flat.requires_grad_())
+    for step in range(SFT["steps"]):
+        x, y = (torch.stack(t) for t in zip(*(world.draw(SFT["batch"], g) for g in generators)))
+        loss = -logps(flat, world, x, y).mean((1, 2)) / world.length
+        rate = trainer.learning_rate(step, SFT["steps"], SFT["lr"], 0.1)
+        descend(flat, optimizer, loss, rate)
+    return flat.detach()
+
+
+def losses_of(setting: dict, policy: Tensor, opponent: Tensor) -> Tensor:
+    """(R, B, S) log-probabilities -> the mean loss of each model (R,)."""
+    R, B, S = policy.shape
+    ours, theirs = (t.reshape(R * B, S).unbind(1) for t in (policy, opponent))
+    beta, lam = setting["beta"], setting["lam"]
+    if setting["kind"] == "SPIN":  # the chosen response against the model's own
+        (chosen, _, generated), (chosen_t, _, generated_t) = ours, theirs
+        loss = spac.preference_term(chosen - chosen_t, generated - generated_t, beta)
+    else:  # without a critic there is no y', and anything may stand for it
+        ours, theirs = (t if S == 3 else (*t, t[0]) for t in (ours, theirs))
+        loss, _, _ = spac.spac_loss(ours, theirs, beta, lam, CRITICS[setting["critic"]])
+    if setting["sft"]:
+        loss = loss - setting["sft"] * ours[0]  # RPO
+    return loss.view(R, B).mean(1)
+
+
+BASE = dict(
+    kind="SPAC", critic="linear", lam=math.inf, beta=0.3, lr=1e-3, sft=0.0, rounds=10, steps=30,
+    batch=32, share=0.5, play="last", schedule="cosine",
+)  # fmt: skip
+READS = 10
+
+
+def learn(world, n: int, setting: dict, seeds, start: Tensor, certify=False) -> dict:
+    """Trains a model a seed; what is read at the start and after each tenth of the steps.
+
+    setting: see BASE; steps are those of one round. Each round draws y' for the pairs it will use,
+    keeps log pi_t, and starts optimizer and schedule afresh. The average is an exponential mean of
+    the weights whose horizon is the `share` of the run."""
+    s, R = BASE | setting, len(seeds)
+    x, y = (torch.stack(both) for both in zip(*(pairs(world, n, seed) for seed in seeds)))
+    held = [world.draw(500, generator("heldout", world.name, seed))[0] for seed in seeds]
+    held, runs = torch.stack(held), torch.arange(R).unsqueeze(1)
+    generators = [generator("run", world.name, n, seed) for seed in seeds]
+    flat, total = start.clone().requires_grad_(), s["rounds"] * s["steps"]
+    average, curve, kept, seen = start.clone(), [], [], torch.zeros(R, 0, dtype=torch.long)
+    others = {share: start.clone() for share in s.get("shares", ())}
+    plays = s["kind"] == "SPIN" or (s["lam"] < math.inf and s["critic"] != "proximal")
+
+    def read(weights: Tensor) -> dict:
+        readers = [generator("read", world.name, seed) for seed in seeds]
+        return world.read(weights.detach(), held, readers)
+
+    curve.append((read(flat), read(average)))
+    for number in range(s["rounds"]):
+        if s["play"] == "restart":
+            flat.data.copy_(average)
+        pi_t = average if s["play"] == "opponent" else flat.detach()
+        kept.append(flat.detach().clone()) if certify else None
+        count = s["steps"] * s["batch"]
+        while seen.shape[1] < count:
+            order = torch.stack([torch.randperm(n, generator=g) for g in generators])
+            seen = torch.cat([seen, order], 1)
+        use, seen = seen[:, :count], seen[:, count:]
+        rows, at = (use, torch.arange(count).expand(R, -1)) if count < n else (None, use)
+        prompts, responses = (x, y) if rows is None else (x[runs, rows], y[runs, rows])
+        if plays:
+            drawn = torch.cat([sample(pi_t, world, p, generators) for p in prompts.split(500, 1)], 1)
+            responses = torch.cat([responses, drawn.unsqueeze(2)], 2)
+        opponent = score(pi_t, world, prompts, responses)
+        optimizer = optimizer_of(flat)
+        for step in range(s["steps"]):
+            part = at[:, step * s["batch"] : (step + 1) * s["batch"]]
+            policy = logps(flat, world, prompts[runs, part], responses[runs, part])
+            rate = trainer.learning_rate(step, s["steps"], s["lr"], 0.1)
+            if s["schedule"] == "constant":
+                rate = s["lr"] * min(1, (step + 1) / 3)
+            descend(flat, optimizer, losses_of(s, policy, opponent[runs, part]), rate)
+            average.lerp_(flat.detach(), 1 / (s["share"] * total))
+            for share, mean in others.items():
+                mean.lerp_(flat.detach(), 1 / (share * total))
+            done = number * s["steps"] + step + 1
+            if done % (total // READS) == 0:
+                curve.append((read(flat), read(average)))
+    kept.append(flat.detach().clone())
+    told = {}
+    for which, name in enumerate(("last", "average")):
+        for key in curve[0][0]:
+            told[f"{name} {key}"] = torch.stack([both[which][key] for both in curve], 1).tolist()
+    told |= {f"share {share}": read(mean)["reward"].tolist() for share, mean in others.items()}
+    if certify:
+        told["certificate"] = certificate(world, kept, x, y, s, seeds)
+    return told
+
+
+# -------------------------------------------------------- jobs
+STARTS, KEPT = "starts", ROOT / "out/tiny_lm"
+CODE = (Styles, Copy, pairs, logits, layout, logps, sample, supervised, losses_of, descend, learn)
+CODE += (trainer.learning_rate, trainer.hide, trainer.CopyDigits, spac.spac_loss)
+
+
+def key_of(*parts) -> str:
+    text = "".join(map(inspect.getsource, CODE)) + json.dumps([SFT, BASE, *parts])
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def starts(job: tuple) -> Tensor:
+    """Of (world, n, seeds), made once and kept."""
+    name, n, seeds = job
+    path = KEPT / f"start-{key_of(name, n if name == 'styles' else 0, seeds)}.pt"
+    if path.exists():
+        return torch.load(path, weights_only=True)
     torch.set_num_threads(1)
-    seed, setting, sizes, start = job
-    sources = [Path(module.__file__).read_bytes() for module in (trainer, spac)]
-    code = hashlib.sha256(b"".join(sources) + json.dumps(start).encode()).hexdigest()[:8]
-    begin = ROOT / "out/tiny_lm" / f"{code}-start-{seed}"
-    if setting is None:
-        return (begin / "round-1").exists() or train(begin, seed=1000 + seed, **start)
-    text = json.dumps([seed, setting, sizes])
-    kept = begin.with_name(f"{code}-{hashlib.sha256(text.encode()).hexdigest()[:16]}")
-    if kept.with_suffix(".json").exists():
-        return json.loads(kept.with_suffix(".json").read_text())
-
-    def model(world, seed):
-        return transformers.AutoModelForCausalLM.from_pretrained(begin / "round-0")
-
-    flags = {name: value for name, value in setting.items() if name not in ("kind", "sft")}
-    with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(trainer.CopyDigits, "model", model))
-        patches.enter_context(mock.patch.object(trainer.Run, "save_round"))
-        patches.enter_context(mock.patch.dict(trainer.TOLERANCE))
-        if setting["kind"] in ("DPO", "RPO"):
-            play = fixed_reference(trainer.play)
-            patches.enter_context(mock.patch.object(trainer, "play", play))
-        if setting["kind"] == "RPO":
-            patches.enter_context(mock.patch.object(spac, "spac_loss", rpo_loss(setting["sft"])))
-        rounds = train(kept, seed=seed, sft_epochs=0, **(sizes | flags))
-    shutil.rmtree(kept)
-    shown = {"reward": "reward", "outside": "outside", "largest": "max_implied_reward"}
-    result = {name: [event[key] for event in rounds] for name, key in shown.items()}
-    kept.with_suffix(".json").write_text(json.dumps(result))
-    return result
+    made = supervised(world_of(name, n), n, seeds)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(made, temporary := path.with_suffix(f".{os.getpid()}"))
+    os.replace(temporary, path)
+    return made
 
 
-# -------------------------------------------------------- tuning, and what it is judged by
-class Lab:
-    """Runs settings on seeds, some at a time; each (setting, seed) once."""
-
-    def __init__(self, workers: int, sizes: dict, start: dict):
-        self.pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-        self.sizes, self.start = sizes, start
-
-    def run(self, settings: list[dict], seeds) -> list[dict]:
-        """Of each setting, by name: a table (seeds, reads), read at the start and at each eighth of
-        the steps."""
-        for todo in ([None], settings):  # the starts first: two runs must not make the same one
-            jobs = [(seed, setting, self.sizes, self.start) for seed in seeds for setting in todo]
-            found = list(self.pool.map(learn, jobs))
-        tables = []
-        for k in range(len(settings)):
-            runs, table = found[k :: len(settings)], {}
-            for name in runs[0]:
-                whole = np.array([run[name] for run in runs])
-                table[name] = whole[:, :: (whole.shape[1] - 1) // self.sizes["rounds"]]
-            tables.append(table)
-        return tables
-
-
-def tune(lab: Lab) -> tuple[dict, list[dict]]:
-    """{method: chosen settings}, and every trial.
-
-    By the mean true reward of the last round: all trials on seed 0, the three best of a method on
-    seeds 0-4. DPO's setting with the best early stop on seed 0 goes along."""
-    trials = []
-
-    def score(method: str, settings: list[dict], seeds) -> list[dict]:
-        for setting, table in zip(settings, lab.run(settings, seeds)):
-            rewards = table["reward"]
-            about = {"last": rewards[:, -1].mean(), "best stop": rewards.max(1).mean()}
-            about |= {"outside": table["outside"][:, -1].mean(), "seeds": len(seeds)}
-            trials.append({"method": method, "setting": setting} | about)
-        return sorted(trials[-len(settings) :], key=lambda trial: -trial["last"])
-
-    chosen = {}
-    for method, grid in GRID.items():
-        ranked = score(method, grid, FIRST)
-        if VARIED[method]:
-            varied = [ranked[0]["setting"] | change for change in VARIED[method]]
-            ranked = sorted(ranked + score(method, varied, FIRST), key=lambda trial: -trial["last"])
-        stop = max(ranked, key=lambda trial: trial["best stop"])["setting"]
-        best = score(method, [trial["setting"] for trial in ranked[:3]], TUNING)[0]["setting"]
-        chosen[method] = [best]
-        if method == "DPO":
-            chosen[method] = [best, stop]
-    return chosen, trials
-
-
-def interval(values: np.ndarray) -> tuple:
-    """The mean over the seeds (axis 0), and its 95 % interval by Student's t."""
-    mean, spread = values.mean(0), values.std(0, ddof=1) / math.sqrt(len(values))
-    half = stats.t.ppf(0.975, len(values) - 1) * spread
-    return mean, mean - half, mean + half
-
-
-def judge(tables: dict, dpo: list[dict], headline: str) -> tuple[dict, dict]:
-    """The claims, and beside each method's curve what was measured of it."""
-    last = {name: table["reward"][:, -1] for name, table in tables.items()}
-    best = {name: table["reward"].max(1) for name, table in tables.items()}
-    stop = max((table["reward"].max(1) for table in dpo), key=np.mean)
-    lead = {name: interval(last[headline] - last[name]) for name in tables if name != headline}
-    drop = {name: (best[name] - last[name]).mean() for name in tables}
-    outside = {name: table["outside"][:, -1] for name, table in tables.items()}
-
-    def share(name: str) -> float:
-        return outside[headline].mean() / max(outside[name].mean(), 1e-9)
-
-    value = {
-        "spac_holds": {"drop": drop[headline]},
-        "beats_dpo_last": {"low": lead["DPO"][1]},
-        "matches_dpo_oracle_stop": {"lead": (last[headline] - stop).mean()},
-        "stays_inside": {"ratio": share("DPO")},
-        "beats_dpo_same_lr": {"low": lead[SAME][1]},
-        "stays_inside_same_lr": {"ratio": share(SAME)},
-        "critic_is_the_cause": {"low": lead["critic off"][1], "drop": drop["critic off"]},
-    }
-    claims = {}
-    for name, values in value.items():
-        claims |= bandit.judge(name, values, len(stop), EXPECTED)
-    columns = {}
-    for name, table in tables.items():
-        measured = {"last": last[name], "best round": best[name], "outside": outside[name]}
-        columns[name] = {what: [*map(float, interval(values))] for what, values in measured.items()}
-        columns[name] |= {"SPAC's lead": [*map(float, lead.get(name, (0, 0, 0)))]}
-        columns[name] |= {"drop": drop[name], "largest": table["largest"][:, -1].mean()}
-        columns[name] |= {f"{what} by seed": v.tolist() for what, v in measured.items()}
-        columns[name] |= {"outside by round": table["outside"].mean(0).tolist()}
-    return claims, columns
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--out", default="out", help="folder for tiny_lm.json and tiny_lm.png")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time; changes no number")
-    parser.add_argument("--quick", action="store_true", help="two seeds, short runs, no tuning")
-    config = parser.parse_args()
-    seeds = REPORT[:2] if config.quick else REPORT
-    (out := Path(config.out)).mkdir(parents=True, exist_ok=True)
-    lab = Lab(config.workers, *(QUICK if config.quick else (SIZES, START)))
-    chosen, trials = {name: grid[:1] * (1 + (name == "DPO")) for name, grid in GRID.items()}, []
-    if not config.quick:
-        chosen, trials = tune(lab)
-    forms = [t for t in trials if "SPAC" in t["method"] and t["seeds"] == len(TUNING)]
-    headline = max(forms, key=lambda t: t["last"])["method"] if forms else "SPAC, linear"
-    ours, (tuned, stop) = chosen[headline][0], chosen.pop("DPO")
-    others = {
-        name: chosen[name] for name in ("RPO", "SPAC, linear", "SPAC, smoothed", "iterated DPO")
-    }
-    chosen = {headline: [ours], "DPO": [tuned], SAME: [stop | {"lr": ours["lr"]}]}
-    chosen |= {"critic off": [ours | {"lam": "inf"}]} | others
-    if stop not in chosen[SAME] + [tuned]:
-        chosen["DPO, early stop"] = [stop]
-    shown = {name: lab.run(settings, seeds)[0] for name, settings in chosen.items()}
-    dpo = [table for name, table in shown.items() if name.startswith("DPO")]
-    claims, columns = judge(shown, dpo, headline)
-    every = SIZES["epochs"] * math.ceil(SIZES["rows"] / 64)
-    lines, steps = {}, [every * k for k in range(lab.sizes["rounds"] + 1)]
-    for name in (headline, "RPO", "DPO", SAME, "critic off"):  # the others lie on these
-        sides = zip(("mean", "low", "high"), interval(shown[name]["reward"]))
-        rate = f", lr {chosen[name][0]['lr']:.0e}" * name.startswith("DPO")
-        lines[name.split(",")[0] + rate if rate else name] = {k: v.tolist() for k, v in sides}
-    label = f"gradient steps ({every} a round)"
-    panel = {"xlabel": label, "ylabel": "true reward / best: mean, 95 % band", "x": steps}
-    data = {
-        "headline": headline,
-        "settings": chosen,
-        "methods": columns,
-        "tuning": trials,
-        "tiny_lm": {"panels": [panel | {"lines": lines, "scale": "linear"}]},
-    }
-    seeds = {"tuning seeds": [*TUNING], "report seeds": [*seeds]}
-    setting = {"sizes": lab.sizes, "start": lab.start, "quick": config.quick} | seeds
-    setting |= {"transformers": transformers.__version__}
-    return bandit.report(out, "tiny_lm", claims, data, setting)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def run(job: tuple) -> dict:
+    """(world, n, setting, seeds, certify) -> learn()'s tables, made once and kept."""
+    name, n, setting, seeds, certify = job
+    path = KEPT / f"{key_of(name, n, setting, seeds, certify)}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    torch.set_num_threads(1)
+    told = learn(world_of(name, n), n, setting, seeds, starts((name, n, seeds)), certify)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(told))
+    os.replace(temporary, path)
+    return told
