@@ -87,7 +87,8 @@ def logits(flat: Tensor, tokens: Tensor, positions: Tensor, hidden: Tensor, at, 
     parts = zip(WEIGHTS.items(), flat.split(SIZES, 1))
     W = {name: part.view(R, *shape) for (name, (shape, _)), part in parts}
     rows = tokens + V * torch.arange(R).view(R, 1, 1)
-    x = F.embedding(rows, W["embed"].reshape(R * V, H)).view(R, B * T, H)
+    embed = torch.cat([W["embed"][:, :1].detach(), W["embed"][:, 1:]], 1)  # <pad>'s stays
+    x = F.embedding(rows, embed.reshape(R * V, H)).view(R, B * T, H)
     angle = positions.unsqueeze(-1) / 10000 ** (torch.arange(0, WIDTH, 2) / WIDTH)
     cos = torch.cat([angle.cos(), angle.cos()], -1).unsqueeze(1)  # (T, 1, WIDTH)
     sin = torch.cat([-angle.sin(), angle.sin()], -1).unsqueeze(1)
@@ -205,6 +206,25 @@ class Styles:
         outside = 1 - style[..., A : A + 10].sum(-1).mean(1)
         return {"reward": value.mean(1) / self.best, "outside": outside, "rare": rare}
 
+    @torch.no_grad()
+    def known(self, now: Tensor, after: Tensor, x: Tensor, generators) -> tuple[Tensor, Tensor]:
+        """As by_samples, but exactly, by the table of all 1,000 prompts' 24 x 24 responses."""
+        R, digits = len(x), torch.cartesian_prod(*[torch.arange(10)] * 3)
+        prompts = torch.cat([digits + ZERO, torch.full((1000, 1), ID["="])], -1).expand(R, -1, -1)
+        styles = torch.arange(V).expand(R, 1000, V)
+        positions, hidden, at, _ = layout(4, 2, V)
+        tokens, tables = torch.cat([prompts, styles], -1), []
+        for policy in (now, after):
+            parts = tokens.split(250, 1)
+            found = [logits(policy, part, positions, hidden, at).log_softmax(-1) for part in parts]
+            found = torch.cat(found, 1)  # (R, 1000, 1 + 24, 24)
+            tables.append(found[:, :, 0].unsqueeze(-1) + found[:, :, 1:])
+        every = torch.cartesian_prod(torch.arange(V), torch.arange(V)).view(V, V, 2)
+        reward = self.reward(prompts[:, :, None, None], every)
+        p, h = tables[0].exp(), tables[0] - tables[1]
+        which = ((x[..., :3] - ZERO) * torch.tensor([100, 10, 1])).sum(-1)
+        return tuple((p * t).sum((-2, -1)).gather(1, which) for t in (h, reward))
+
 
 class Copy:
     """trainer.CopyDigits, in ids: six digits are to be repeated, each is right with .64."""
@@ -232,6 +252,9 @@ class Copy:
         digits = ((y[..., :6] >= ZERO) & (y[..., :6] < ZERO + 10)).all(-1) & (y[..., 6] == self.end)
         reward = self.reward(prompts, y).mean(1) / self.best
         return {"reward": reward, "outside": 1 - digits.float().mean(1)}
+
+    def known(self, now: Tensor, after: Tensor, x: Tensor, generators) -> tuple[Tensor, Tensor]:
+        return by_samples(self, now, after, x, generators)  # other samples: all that can be known
 
 
 def world_of(name: str, n: int):
@@ -301,76 +324,138 @@ def losses_of(setting: dict, policy: Tensor, opponent: Tensor) -> Tensor:
 
 BASE = dict(
     kind="SPAC", critic="linear", lam=math.inf, beta=0.3, lr=1e-3, sft=0.0, rounds=10, steps=30,
-    batch=32, share=0.5, play="last", schedule="cosine",
+    batch=32, shares=(0.5,), play="last", schedule="cosine",
 )  # fmt: skip
 READS = 10
 
 
-def learn(world, n: int, setting: dict, seeds, start: Tensor, certify=False) -> dict:
-    """Trains a model a seed; what is read at the start and after each tenth of the steps.
+def train(world, x: Tensor, y: Tensor, start: Tensor, setting: dict, generators, watch) -> list:
+    """Trains a model for each row of start (R, P) on its pairs x (R, n, P), y (R, n, 2, L).
 
     setting: see BASE; steps are those of one round. Each round draws y' for the pairs it will use,
-    keeps log pi_t, and starts optimizer and schedule afresh. The average is an exponential mean of
-    the weights whose horizon is the `share` of the run."""
-    s, R = BASE | setting, len(seeds)
-    x, y = (torch.stack(both) for both in zip(*(pairs(world, n, seed) for seed in seeds)))
-    held = [world.draw(500, generator("heldout", world.name, seed))[0] for seed in seeds]
-    held, runs = torch.stack(held), torch.arange(R).unsqueeze(1)
-    generators = [generator("run", world.name, n, seed) for seed in seeds]
-    flat, total = start.clone().requires_grad_(), s["rounds"] * s["steps"]
-    average, curve, kept, seen = start.clone(), [], [], torch.zeros(R, 0, dtype=torch.long)
-    others = {share: start.clone() for share in s.get("shares", ())}
+    keeps log pi_t, and starts optimizer and schedule afresh. averages: exponential means of the
+    weights, by their horizon as a share of the run. watch(flat, averages) is called at the start
+    and after each tenth of the steps. Returns the policies pi_1 .. pi_T+1, each (R, P)."""
+    s, (R, n), seen = BASE | setting, x.shape[:2], torch.zeros(len(x), 0, dtype=torch.long)
+    flat, policies, runs = start.clone().requires_grad_(), [], torch.arange(R).unsqueeze(1)
+    averages = {share: start.clone() for share in s["shares"]}
+    total, count = s["rounds"] * s["steps"], s["steps"] * s["batch"]
     plays = s["kind"] == "SPIN" or (s["lam"] < math.inf and s["critic"] != "proximal")
-
-    def read(weights: Tensor) -> dict:
-        readers = [generator("read", world.name, seed) for seed in seeds]
-        return world.read(weights.detach(), held, readers)
-
-    curve.append((read(flat), read(average)))
+    watch(flat.detach(), averages)
     for number in range(s["rounds"]):
+        average = averages[s["shares"][0]]
         if s["play"] == "restart":
             flat.data.copy_(average)
-        pi_t = average if s["play"] == "opponent" else flat.detach()
-        kept.append(flat.detach().clone()) if certify else None
-        count = s["steps"] * s["batch"]
-        while seen.shape[1] < count:
+        policies.append(flat.detach().clone())
+        pi_t = average if s["play"] == "opponent" else policies[-1]
+        while seen.shape[1] < count:  # each pass over the pairs in an order of its own
             order = torch.stack([torch.randperm(n, generator=g) for g in generators])
             seen = torch.cat([seen, order], 1)
         use, seen = seen[:, :count], seen[:, count:]
-        rows, at = (use, torch.arange(count).expand(R, -1)) if count < n else (None, use)
-        prompts, responses = (x, y) if rows is None else (x[runs, rows], y[runs, rows])
+        if count < n:  # only what this round will meet is played
+            prompts, responses, use = x[runs, use], y[runs, use], torch.arange(count).expand(R, -1)
+        else:
+            prompts, responses = x, y
         if plays:
-            drawn = torch.cat([sample(pi_t, world, p, generators) for p in prompts.split(500, 1)], 1)
-            responses = torch.cat([responses, drawn.unsqueeze(2)], 2)
-        opponent = score(pi_t, world, prompts, responses)
-        optimizer = optimizer_of(flat)
+            drawn = [sample(pi_t, world, part, generators) for part in prompts.split(500, 1)]
+            responses = torch.cat([responses, torch.cat(drawn, 1).unsqueeze(2)], 2)
+        opponent, optimizer = score(pi_t, world, prompts, responses), optimizer_of(flat)
         for step in range(s["steps"]):
-            part = at[:, step * s["batch"] : (step + 1) * s["batch"]]
+            part = use[:, step * s["batch"] : (step + 1) * s["batch"]]
             policy = logps(flat, world, prompts[runs, part], responses[runs, part])
             rate = trainer.learning_rate(step, s["steps"], s["lr"], 0.1)
             if s["schedule"] == "constant":
                 rate = s["lr"] * min(1, (step + 1) / 3)
             descend(flat, optimizer, losses_of(s, policy, opponent[runs, part]), rate)
-            average.lerp_(flat.detach(), 1 / (s["share"] * total))
-            for share, mean in others.items():
+            for share, mean in averages.items():
                 mean.lerp_(flat.detach(), 1 / (share * total))
-            done = number * s["steps"] + step + 1
-            if done % (total // READS) == 0:
-                curve.append((read(flat), read(average)))
-    kept.append(flat.detach().clone())
+            if (number * s["steps"] + step + 1) % (total // READS) == 0:
+                watch(flat.detach(), averages)
+    return [*policies, flat.detach()]
+
+
+def learn(world, n: int, setting: dict, seeds, start: Tensor, weight=0.0) -> dict:
+    """train(), and what is read of the last policy and of the average, (R, READS + 1, ..). weight:
+    the lam of the certificate, 0 for none."""
+    x, y = (torch.stack(both) for both in zip(*(pairs(world, n, seed) for seed in seeds)))
+    held = [world.draw(500, generator("heldout", world.name, seed))[0] for seed in seeds]
+    held, curves = torch.stack(held), []
+    generators = [generator("run", world.name, n, seed) for seed in seeds]
+    shares = (BASE | setting)["shares"]
+
+    def read(weights: Tensor) -> dict:
+        readers = [generator("read", world.name, seed) for seed in seeds]
+        return world.read(weights, held, readers)
+
+    def watch(flat: Tensor, averages: dict) -> None:
+        curves.append([read(flat), *(read(averages[share]) for share in shares)])
+
+    policies = train(world, x, y, start, setting, generators, watch)
     told = {}
-    for which, name in enumerate(("last", "average")):
-        for key in curve[0][0]:
-            told[f"{name} {key}"] = torch.stack([both[which][key] for both in curve], 1).tolist()
-    told |= {f"share {share}": read(mean)["reward"].tolist() for share, mean in others.items()}
-    if certify:
-        told["certificate"] = certificate(world, kept, x, y, s, seeds)
+    for which, name in enumerate(["last", "average", *shares[1:]]):
+        for key in curves[0][0]:
+            told[f"{name} {key}"] = torch.stack([all[which][key] for all in curves], 1).tolist()
+    if weight:
+        beta = (BASE | setting)["beta"]
+        told["certificate"] = certificate(world, policies, x, y, beta, weight, seeds)
     return told
+
+
+# -------------------------------------------------------- the certificate
+@torch.no_grad()
+def by_samples(world, now: Tensor, after: Tensor, x: Tensor, generators) -> tuple[Tensor, Tensor]:
+    """At each prompt (R, n): KL(pi_t || pi_t+1) and the reward of pi_t, from fresh y' ~ pi_t."""
+    kl, value = torch.zeros(x.shape[:2]), torch.zeros(x.shape[:2])
+    for part in torch.arange(x.shape[1]).split(500):
+        prompts, repeats = x[:, part], max(1, 1000 // x.shape[1])
+        for _ in range(repeats):
+            y = sample(now, world, prompts, generators)
+            h = [logps(policy, world, prompts, y.unsqueeze(2)) for policy in (now, after)]
+            kl[:, part] += (h[0] - h[1]).squeeze(2) / repeats
+            value[:, part] += world.reward(prompts, y) / repeats
+    return kl, value
+
+
+def certificate(world, policies: list, x: Tensor, y: Tensor, beta: float, lam: float, seeds) -> dict:
+    """Eq. 36 to 38 along a run, whatever it did: with f_t = beta log(pi_t+1 / pi_t) the mean gap of
+    pi_1 .. pi_T to the optimal policy is a sum of three means over the rounds,
+
+        regret_t = <pi* - pi_t, f_t>                         what the steps cost
+        doubt_t  = psi(pi*, r*) - psi(pi*, f_t)              Gamma: what the data leave open
+        eps_t    = psi(pi_t, f_t) - psi(pi_t, r*)            how far f_t is from a minimiser
+
+    Each (R, T). eps_t takes the policy's KL and reward from its own samples; regret_t and gap_t
+    from others, or exactly where the world can. error (R,): one standard error of sum - gap."""
+    R, n, T = *x.shape[:2], len(policies) - 1
+    items = torch.cat([y, world.optimal(x).unsqueeze(2)], 2)
+    data = [score(policy, world, x, items) for policy in policies]
+    rewards = world.reward(x.unsqueeze(2), y)
+    means, true_fit = rewards.mean((1, 2)), F.softplus(rewards[..., 1] - rewards[..., 0]).mean(1)
+    told = {key: [] for key in "kl margin regret doubt eps gap".split()}
+    variance = torch.zeros(R)
+    for t, (now, after) in enumerate(zip(policies, policies[1:])):
+        f = beta * (data[t + 1] - data[t])  # of chosen, rejected, pi*'s response
+        margin, base, best = f[..., 0] - f[..., 1], f[..., :2].mean((1, 2)), f[..., 2].mean(1)
+        fit = lam * (F.softplus(-margin).mean(1) - true_fit)
+        here = [generator("certificate", seed, t) for seed in seeds]
+        kl, value = by_samples(world, now, after, x, here)
+        other_kl, other = world.known(now, after, x, here)
+        told["kl"].append(other_kl.mean(1))
+        told["margin"].append(margin.abs().amax(1))
+        told["regret"].append(best + beta * other_kl.mean(1))
+        told["doubt"].append(world.best - means - best + base - fit)
+        told["eps"].append(-beta * kl.mean(1) - base + fit - value.mean(1) + means)
+        told["gap"].append(world.best - other.mean(1))
+        difference = beta * (other_kl - kl) + other - value
+        variance += difference.var(1) / n / T**2
+    told = {key: torch.stack(rounds, 1).tolist() for key, rounds in told.items()}
+    return told | {"error": variance.sqrt().tolist()}
 
 
 # -------------------------------------------------------- jobs
 STARTS, KEPT = "starts", ROOT / "out/tiny_lm"
-CODE = (Styles, Copy, pairs, logits, layout, logps, sample, supervised, losses_of, descend, learn)
+CODE = (Styles, Copy, pairs, logits, layout, logps, sample, supervised, losses_of, descend, train, learn)
+CODE += (by_samples, certificate)
 CODE += (trainer.learning_rate, trainer.hide, trainer.CopyDigits, spac.spac_loss)
 
 
@@ -394,13 +479,13 @@ def starts(job: tuple) -> Tensor:
 
 
 def run(job: tuple) -> dict:
-    """(world, n, setting, seeds, certify) -> learn()'s tables, made once and kept."""
-    name, n, setting, seeds, certify = job
-    path = KEPT / f"{key_of(name, n, setting, seeds, certify)}.json"
+    """(world, n, setting, seeds, weight) -> learn()'s tables, made once and kept."""
+    name, n, setting, seeds, weight = job
+    path = KEPT / f"{key_of(name, n, setting, seeds, weight)}.json"
     if path.exists():
         return json.loads(path.read_text())
     torch.set_num_threads(1)
-    told = learn(world_of(name, n), n, setting, seeds, starts((name, n, seeds)), certify)
+    told = learn(world_of(name, n), n, setting, seeds, starts((name, n, seeds)), weight)
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(told))
     os.replace(temporary, path)

@@ -1,0 +1,197 @@
+"""The stacked trainer of tests/study_tiny_lm.py is the trainer; its worlds are what they say."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import study_tiny_lm as study  # noqa: E402
+
+spac, trainer = study.spac, study.trainer
+COPY, STYLES = study.Copy(), study.Styles(300)
+
+
+def models(*seeds):
+    return [trainer.CopyDigits().model(seed) for seed in seeds]
+
+
+def stack(*seeds):
+    flat = torch.stack([study.flatten(model) for model in models(*seeds)])
+    return 3 * flat  # far from uniform, as trained weights are
+
+
+def unflatten(row, seed=0):
+    """transformers' model with one row's weights."""
+    model = models(seed)[0]
+    keys = [f"{name}.weight" for _, names in study.WEIGHTS.values() for name in names]
+    state = model.state_dict()
+    sizes = [state[key].numel() for key in keys]
+    parts = zip(keys, row.detach().split(sizes))
+    model.load_state_dict({key: part.view(state[key].shape) for key, part in parts})
+    return model
+
+
+def batch(world, count, *seeds):
+    drawn = [world.draw(count, torch.Generator().manual_seed(seed)) for seed in seeds]
+    return [torch.stack(both) for both in zip(*drawn)]
+
+
+@pytest.mark.parametrize("world", [COPY, STYLES], ids=["copy", "styles"])
+def test_the_stacked_log_probabilities_are_those_of_transformers(world):
+    flat, (x, y) = stack(1, 2, 3), batch(world, 40, 4, 5, 6)
+    ours = study.logps(flat, world, x, y)
+    for row, prompts, responses, found in zip(flat, x, y, ours):
+        scorer = trainer.Scorer(unflatten(row))
+        items = [(p.tolist(), pair.tolist()) for p, pair in zip(prompts, responses)]
+        torch.testing.assert_close(found, scorer(items), atol=1e-5, rtol=1e-6)
+        wrong = study.logps(flat.roll(1, 0), world, x, y)  # the control: a neighbour's weights
+    assert (wrong - ours).abs().max() > 0.1
+
+
+def test_what_follows_the_end_token_does_not_count():
+    flat, (x, y) = stack(1), batch(COPY, 5, 2)
+    y[..., 3] = COPY.end
+    short = [(p.tolist(), [r[:4].tolist() for r in pair]) for p, pair in zip(x[0], y[0])]
+    expected = trainer.Scorer(unflatten(flat[0]))(short)
+    torch.testing.assert_close(study.logps(flat, COPY, x, y)[0], expected, atol=1e-5, rtol=1e-6)
+
+
+def plain_loop(world, x, y, row, setting, g, critic):
+    """One seed, transformers' model, the trainer's parts, no stack: the oracle of study.train."""
+    s, model = study.BASE | setting, unflatten(row)
+    scorer, order = trainer.Scorer(model), []
+    weights = list(model.parameters())
+    average = study.flatten(model)
+
+    def score(items):
+        return scorer([(p.tolist(), ys) for p, ys in items])
+
+    for _ in range(s["rounds"]):
+        count = s["steps"] * s["batch"]
+        while len(order) < count:
+            order += torch.randperm(len(x), generator=g).tolist()
+        use, order = order[:count], order[count:]
+        rows = list(range(len(x))) if count >= len(x) else use
+        flat = study.flatten(model).unsqueeze(0)
+        played = study.sample(flat, world, x[rows].unsqueeze(0), [g])[0].tolist()
+        items, places = [], {}
+        for place, (i, generated) in enumerate(zip(rows, played)):
+            end = generated.index(world.end) + 1 if world.end in generated else None
+            items.append((x[i], [*y[i].tolist(), generated[:end]]))
+            places[i] = place
+        with torch.no_grad():
+            opponent = score(items)
+        optimizer = trainer.OPTIMIZERS["adamw"](weights, weight_decay=0.0)
+        for step in range(s["steps"]):
+            part = use[step * s["batch"] : (step + 1) * s["batch"]]
+            part = [places[i] for i in part]
+            policy = score([items[i] for i in part])
+            both = policy.unbind(1), opponent[part].unbind(1)
+            loss, _, _ = spac.spac_loss(*both, s["beta"], s["lam"], critic)
+            optimizer.zero_grad()
+            loss.mean().backward()
+            torch.nn.utils.clip_grad_norm_(weights, trainer.parse([]).clip)
+            rate = trainer.learning_rate(step, s["steps"], s["lr"], trainer.parse([]).warmup)
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+            average.lerp_(study.flatten(model), 1 / (s["shares"][0] * s["rounds"] * s["steps"]))
+    return study.flatten(model), average
+
+
+@pytest.mark.parametrize("critic", ["linear", "smoothed"])
+@pytest.mark.parametrize("world", [COPY, STYLES], ids=["copy", "styles"])
+def test_a_run_of_one_seed_is_the_trainers(world, critic, monkeypatch):
+    setting = dict(critic=critic, lam=4.0, lr=1e-3, rounds=2, steps=5, batch=16)
+    x, y = study.pairs(world, 48, 1)
+    monkeypatch.setitem(study.SFT, "steps", 60)
+    flat, seen = study.supervised(world, 300, [7]), []
+
+    def watch(now, averages):
+        seen.append(averages[0.5].clone())
+
+    g = torch.Generator().manual_seed(1)
+    found = study.train(world, x[None], y[None], flat, setting, [g], watch)[-1]
+    g, trained = torch.Generator().manual_seed(1), trainer.CRITICS[critic]
+    last, average = plain_loop(world, x, y, flat[0], setting, g, trained)
+    held, answers = batch(world, 100, 9)
+    before, ours, theirs, ours_mean, theirs_mean = (
+        study.logps(row.view(1, -1), world, held, answers)
+        for row in (flat, found, last, seen[-1], average)
+    )
+    assert (ours - before).abs().max() > 0.3  # it moved
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
+    torch.testing.assert_close(ours_mean, theirs_mean, atol=1e-3, rtol=0)
+    # Where a gradient is all rounding, AdamW's step is a coin's: a few weights may differ.
+    assert ((found[0] - last).abs() < 1e-5).float().mean() > 0.999
+    g = torch.Generator().manual_seed(1)
+    other = setting | {"lam": math.inf}  # the control: without the critic it ends elsewhere
+    control = study.train(world, x[None], y[None], flat, other, [g], watch)[-1]
+    wrong = study.logps(control, world, held, answers)
+    assert (wrong - ours).abs().max() > 0.01
+
+
+def test_a_seed_does_not_depend_on_its_neighbours():
+    setting = dict(lam=4.0, rounds=2, steps=5, batch=8)
+    start = stack(1, 2, 3) / 3
+    whole = study.learn(STYLES, 300, setting, [1, 2, 3], start)
+    alone = study.learn(STYLES, 300, setting, [2], start[1:2])
+    torch.testing.assert_close(whole["last reward"][1], alone["last reward"][0], atol=1e-4, rtol=0)
+    assert whole["last reward"][0] != whole["last reward"][1]
+
+
+def test_samples_come_with_the_frequencies_of_the_softmax():
+    """The largest of 48 deviations exceeds 5 standard errors with probability below 3e-5."""
+    flat, count = stack(1, 2), 4000
+    x = STYLES.draw(1, torch.Generator().manual_seed(1))[0].expand(2, count, 4)
+    draws = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    first = study.sample(flat, STYLES, x, draws)[..., 0]
+    positions, hidden, at, _ = study.layout(4, 1, 1)
+    p = study.logits(flat, x[:, :1], positions, hidden, at).softmax(-1)[:, 0, 0]
+    found = torch.nn.functional.one_hot(first, study.V).double().mean(1)
+    z = (found - p) / (p * (1 - p) / count).sqrt()
+    assert z.abs().max() < 5
+    assert ((found - p.roll(1, 0)) / (p * (1 - p) / count).sqrt()).abs().max() > 5
+
+
+def test_copy_is_the_trainers_world():
+    """The share of right digits, .64, is off by 5 standard errors with probability below 1e-6."""
+    x, y = COPY.draw(3000, torch.Generator().manual_seed(1))
+    tokens, theirs = trainer.CopyDigits().tokenizer(), trainer.CopyDigits()
+    for prompt, response in zip(x[:200], y[:200, 0]):
+        text, answer = (tokens.decode(t, skip_special_tokens=True) for t in (prompt, response))
+        ours = COPY.reward(prompt, response).item()
+        assert ours == pytest.approx(theirs.reward(text.rstrip("="), answer))
+        assert not theirs.outside(answer)
+    right = (y[..., :6] == x[:, None, 1:7]).float().mean().item()
+    assert abs(right - 0.64) < 5 * math.sqrt(0.64 * 0.36 / 36000)
+    best = COPY.optimal(x)
+    assert (COPY.reward(x, best) == COPY.best).all()
+
+
+def test_styles_is_read_exactly():
+    """Against 20,000 samples: 5 standard errors, failure below 1e-6."""
+    x, _ = STYLES.draw(200, torch.Generator().manual_seed(1))
+    flat, draws = stack(5), [torch.Generator().manual_seed(2)]
+    read = STYLES.read(flat, x[None], None)
+    y = study.sample(flat, STYLES, x.repeat(100, 1)[None], draws)
+    rewards = STYLES.reward(x.repeat(100, 1), y[0]) / STYLES.best
+    assert abs(read["reward"].item() - rewards.mean()) < 5 * rewards.std() / math.sqrt(20000)
+    assert (STYLES.reward(x, STYLES.optimal(x)) == STYLES.best).all()
+
+
+@pytest.mark.parametrize("world", [COPY, STYLES], ids=["copy", "styles"])
+def test_the_certificate_adds_up_to_the_gap(world):
+    """Within 5 standard errors: failure below 1e-6 a run."""
+    x, y = (torch.stack(both) for both in zip(*(study.pairs(world, 300, seed) for seed in (1, 2))))
+    policies = [stack(1, 2) / 3]
+    for seed in (3, 5, 7):  # any policies of one support
+        policies.append(policies[-1] + 0.2 * stack(seed, seed + 1) / 3)
+    told = study.certificate(world, policies, x, y, 0.3, 7.0, [1, 2])
+    means = {k: torch.tensor(v).mean(1) for k, v in told.items() if k != "error"}
+    total, error = means["regret"] + means["doubt"] + means["eps"], torch.tensor(told["error"])
+    assert ((total - means["gap"]).abs() < 5 * error).all()
+    assert (means["eps"].abs() > 5 * error).all()  # the control: without a term it does not
