@@ -1,7 +1,15 @@
 """SPAC in language models, fairly judged: python tests/study_tiny_lm.py --out results
 
-Two worlds whose true reward is known, tiny Mistrals, several numbers of pairs. All seeds of a
-setting are trained at once: their weights are stacked, and every product is batched over them.
+Two worlds whose true reward is known (styles with rare bad ones, digits to be copied), the tiny
+preset's Mistral, several numbers of pairs. Every method takes as many steps of as many pairs; of
+each its last policy is read, the average of its weights, and its oracle stop: the best read of its
+last policy, seed by seed, which nobody could choose without the true reward. SPAC runs at settings
+by RULE; a rival has a grid of lr x beta, a screening on tuning seeds sends its best cells on, and on
+the report seeds it may take, for each number of pairs and each of the three, whichever cell is best.
+
+All seeds of a setting are trained at once: their weights are stacked, and every product is batched
+over them. tests/test_study_tiny_lm.py holds that against the trainer. Runs that are done are kept
+under out/tiny_lm, so that a study that was stopped goes on. An hour of one quiet core.
 """
 
 import argparse
@@ -40,6 +48,18 @@ def proximal_critic(h_chosen, h_rejected, h_generated, beta):
     """Both responses of the pair are to become likelier: the proximal form's doubt, without y'."""
     return -beta * (h_chosen + h_rejected) / 2 + 0 * h_generated
 
+
+EXPECTED = """
+goal    average_leads             {n>=1000}   1e-9 1   SPAC's average less the rival's: 95 % interval's lower end, least over the rivals
+goal    average_leads             {n=300}     -.02 1   SPAC's average less the best rival's average
+goal    average_beats_oracle_stop {n>=1000}   1e-9 1   SPAC's average less the best rival's oracle stop
+goal    average_beats_oracle_stop {n=300}     -.02 1   SPAC's average less the best rival's oracle stop
+goal    critic_matters            {all}       .03  1   SPAC's average less that of the same without critic
+goal    rare_doubted              {styles}    0    .2  mass on lucky rare styles, SPAC's average over DPO's
+theorem certificate_adds_up       {all}       0    5   sum of the terms less the gap, in its standard errors
+"""  # kind, claim, points, least and most expected, what it is. Written down before the study was run.
+# A lucky rare style won all, or all but one, of its three or more comparisons: the data choose it.
+# A rival stands with its best cell of those on the report seeds, at each point; SPAC with RULE.
 
 CRITICS = {
     "linear": spac.linear_critic,
@@ -490,3 +510,260 @@ def run(job: tuple) -> dict:
     temporary.write_text(json.dumps(told))
     os.replace(temporary, path)
     return told
+
+
+class Lab:
+    """Runs (world, n, setting, seeds) four seeds at a time, some at a time; each once."""
+
+    def __init__(self, workers: int):
+        self.pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+
+    def run(self, wanted: list[tuple], seeds, label: str) -> list[dict]:
+        """wanted: (point, setting, weight) -> the tables of each, arrays (seeds, ..)."""
+        groups = [list(seeds)[i : i + 4] for i in range(0, len(seeds), 4)]
+        places = dict.fromkeys(point for point, _, _ in wanted)
+        at_start = [(*point, group) for point in places for group in groups]
+        first = {("copy",) if name == "copy" else (name, n): (name, n) for name, n in places}
+        at_start = [job for job in at_start if job[:2] in first.values()]
+        list(self.pool.map(starts, at_start))  # two runs must not make the same one
+        jobs = [(*point, s, group, w) for point, s, w in wanted for group in groups]
+        found = list(tqdm(self.pool.map(run, jobs), label, total=len(jobs), disable=None))
+        return [joined(found[i : i + len(groups)]) for i in range(0, len(found), len(groups))]
+
+
+def joined(parts: list[dict]) -> dict:
+    table = {}
+    for key, first in parts[0].items():
+        same = [part[key] for part in parts]
+        table[key] = joined(same) if isinstance(first, dict) else np.concatenate(same)
+    return table
+
+
+# -------------------------------------------------------- settings: tuned, then a rule
+TUNING, REPORT = range(40, 44), range(100, 116)  # earlier studies have seen 0 to 34
+POINTS = {  # (world, pairs): steps a round, of ten rounds
+    ("styles", 300): 30, ("styles", 1000): 40, ("styles", 3000): 60, ("styles", 10000): 60,
+    ("copy", 300): 24, ("copy", 1000): 24,
+}  # fmt: skip
+TUNED_AT = [("styles", 300), ("styles", 1000), ("styles", 3000), ("copy", 300)]
+SCREENED_AT = [("styles", 1000), ("copy", 300)]
+
+
+def at(point: tuple, c=0.4, **change) -> dict:
+    """A setting with lam = c sqrt(n), in the point's number of steps."""
+    setting = dict(lam=c * point[1] ** 0.5, steps=POINTS[point]) | change
+    if "rounds" in change:
+        setting["steps"] = POINTS[point] * 10 // change["rounds"]
+    return setting
+
+
+def curve(table: dict, what: str) -> np.ndarray:
+    return np.asarray(table[f"{what} reward"])
+
+
+def measured(table: dict) -> dict[str, np.ndarray]:
+    """The three that a method is judged by, of each seed."""
+    last, average = curve(table, "last"), curve(table, "average")
+    return {"last": last[:, -1], "average": average[:, -1], "oracle stop": last.max(1)}
+
+
+TRIALS = {  # what was tried for SPAC on the tuning seeds, beside c = .4 and BASE
+    "base": dict(shares=[0.5, 0.125, 0.25, 1.0]),
+    "lr 2e-3": dict(lr=2e-3, shares=[0.5, 0.25]),
+}
+RULE = dict(c=0.4)
+GRID = [dict(lr=lr, beta=beta) for lr, beta in product((1e-4, 3e-4, 1e-3), (0.03, 0.1, 0.3))]
+RIVALS = {
+    "critic off": dict(c=math.inf),
+    "DPO": dict(c=math.inf, rounds=1),
+    "RPO": dict(c=math.inf, rounds=1),  # and a supervised term, see rpo()
+    "SPIN": dict(c=math.inf, kind="SPIN"),
+    "proximal": dict(critic="proximal"),
+}
+
+
+def tune(lab: Lab) -> dict:
+    """{trial: {point: the three means}} of SPAC's trials."""
+    wanted = [(p, at(p, **change), 0.0) for change in TRIALS.values() for p in TUNED_AT]
+    tables, found = iter(lab.run(wanted, TUNING, "tuning SPAC")), {}
+    for name in TRIALS:
+        found[name] = {}
+        for point in TUNED_AT:
+            table = next(tables)
+            shares = {f"horizon {key.split()[0]}": table[key] for key in table if key[0] in "01"}
+            means = measured(table) | {k: v[:, -1] for k, v in shares.items() if v.ndim == 2}
+            found[name][label(point)] = {k: float(v.mean()) for k, v in means.items()}
+    return found
+
+
+def label(point: tuple) -> str:
+    return f"{point[0]}-{point[1]}"
+
+
+def rival(name: str, point: tuple, cell: dict) -> dict:
+    """A cell of the grid; RPO's supervised weight is doubt times what the critic would weigh."""
+    cell, doubt = dict(cell), cell.get("doubt", 0)
+    if cell.pop("doubt", 0):
+        cell["sft"] = doubt * cell["beta"] / (RULE["c"] * point[1] ** 0.5)
+    return at(point, **(dict(c=RULE["c"]) | RIVALS[name] | cell))
+
+
+def grid_of(name: str) -> list[dict]:
+    weights = [dict(doubt=doubt) for doubt in (1, 4)] if name == "RPO" else [{}]
+    return [cell | weight for cell, weight in product(GRID, weights)]
+
+
+def screen(lab: Lab) -> tuple[dict, dict]:
+    """{rival: the cells that go on}, and every cell's means on two tuning seeds: the best by the
+    average at each point that is screened, and the best by the oracle stop on the whole."""
+    wanted = [(name, cell, p) for name in RIVALS for cell in grid_of(name) for p in SCREENED_AT]
+    jobs = [(point, rival(name, point, cell), 0.0) for name, cell, point in wanted]
+    tables = lab.run(jobs, TUNING[:2], "screening rivals")
+    found, chosen = {name: [] for name in RIVALS}, {}
+    for (name, cell, point), table in zip(wanted, tables):
+        means = {key: float(v.mean()) for key, v in measured(table).items()}
+        found[name].append({"cell": cell, "point": label(point)} | means)
+    for name, rows in found.items():
+        best = [max((r for r in rows if r["point"] == label(p)), key=lambda r: r["average"])
+                for p in SCREENED_AT]  # fmt: skip
+        stops = {json.dumps(row["cell"]): 0.0 for row in rows}
+        for row in rows:
+            stops[json.dumps(row["cell"])] += row["oracle stop"]
+        cells = [row["cell"] for row in best] + [json.loads(max(stops, key=stops.get))]
+        chosen[name] = [cell for i, cell in enumerate(cells) if cell not in cells[:i]]
+    return chosen, found
+
+
+# -------------------------------------------------------- the study
+def interval(values: np.ndarray) -> list[float]:
+    """The mean over the seeds, and its 95 % interval by Student's t."""
+    mean, spread = values.mean(0), values.std(0, ddof=1) / math.sqrt(len(values))
+    half = stats.t.ppf(0.975, len(values) - 1) * spread
+    return [mean, mean - half, mean + half]
+
+
+def lucky(n: int, seeds) -> np.ndarray:
+    """(seeds, 8): the rare styles that won all or all but one of at least three comparisons."""
+    found = []
+    for seed in seeds:
+        style = pairs(Styles(n), n, seed)[1][..., 0] - A  # (n, 2): of chosen and of rejected
+        differ = style[style[:, 0] != style[:, 1]]
+        won, lost = ((differ == k).sum(0).tolist() for k in range(2, 10)), []
+        found.append([w + l >= 3 and l <= 1 for w, l in won])
+    return np.array(found)
+
+
+OURS, OFF = "SPAC", "SPAC without critic"
+ALSO = {"SPAC, smoothed": dict(critic="smoothed"), OFF: dict(c=math.inf)}
+LONGER = 1.5  # SPAC's seconds a step over DPO's, rounded up: see the docstring of study()
+
+
+def study(lab: Lab, points: list, seeds, chosen: dict) -> dict:
+    """{point: {method: the tables of its cells}}. Beside equal steps stands DPO at equal seconds:
+    a third response and its sampling cost SPAC about 1.35 times DPO's time a step, so that DPO
+    takes LONGER times the steps there."""
+    wanted = []
+    for point in points:
+        weight = (RULE["c"]) * point[1] ** 0.5
+        wanted.append((OURS, {}, point, at(point, **RULE), weight))
+        for name, change in ALSO.items():
+            checked = weight if name == OFF else 0.0
+            wanted.append((name, {}, point, at(point, **(RULE | change)), checked))
+        for name, cells in chosen.items():
+            for cell in cells:
+                wanted.append((name, cell, point, rival(name, point, cell), 0.0))
+        for cell in chosen["DPO"][:1]:
+            longer = rival("DPO", point, cell)
+            longer["steps"] = int(LONGER * longer["steps"])
+            wanted.append(("DPO, equal seconds", cell, point, longer, 0.0))
+    jobs = [(point, setting, weight) for _, _, point, setting, weight in wanted]
+    found = {point: {} for point in points}
+    for (name, cell, point, *_), table in zip(wanted, lab.run(jobs, seeds, "report seeds")):
+        found[point].setdefault(name, []).append((cell, table))
+    return found
+
+
+def best_of(cells: list[tuple], what: str) -> tuple[dict, dict]:
+    return max(cells, key=lambda pair: measured(pair[1])[what].mean())
+
+
+def judge(found: dict, seeds) -> tuple[dict, dict]:
+    """The claims, and for each point and method what was measured of it."""
+    value, columns = {}, {}
+    for point, methods in found.items():
+        where, rivals = label(point), {k: v for k, v in methods.items() if k != OURS}
+        ours = measured(methods[OURS][0][1])
+        columns[where], lows, leads, stops = {}, {}, {}, {}
+        for name, cells in methods.items():
+            told = columns[where][name] = {}
+            for what in ours:
+                cell, table = best_of(cells, what)
+                values = measured(table)[what]
+                told[what] = {"cell": cell, "reward": interval(values), "by seed": values}
+                told[what]["SPAC's average less this"] = interval(ours["average"] - values)
+            told["outside"] = {
+                which: float(np.mean(best_of(cells, which)[1][f"{which} outside"][:, -1]))
+                for which in ("last", "average")
+            }
+            told["curves"] = {
+                which: curve(best_of(cells, which)[1], which).mean(0)
+                for which in ("last", "average")
+            }
+        for name in rivals:
+            if name not in ALSO:  # these are SPAC's own variants
+                mean, low, _ = columns[where][name]["average"]["SPAC's average less this"]
+                lows[name], leads[name] = low, mean
+                stops[name] = columns[where][name]["oracle stop"]["SPAC's average less this"][0]
+        value.setdefault("average_leads", {})[where] = min(
+            (leads if point[1] < 1000 else lows).values()
+        )
+        value.setdefault("average_beats_oracle_stop", {})[where] = min(stops.values())
+        off = measured(methods[OFF][0][1])["average"]
+        value.setdefault("critic_matters", {})[where] = (ours["average"] - off).mean()
+        if point[0] == "styles":
+            chosen = lucky(point[1], seeds)
+            mass = {}
+            for name in (OURS, "DPO"):
+                for which in ("last", "average"):
+                    rare = best_of(methods[name], which)[1][f"{which} rare"][:, -1]
+                    mass[f"{name} {which}"] = rare[chosen]
+            columns[where]["lucky rare styles"] = mass | {"count": int(chosen.sum())}
+            if chosen.any():
+                ratio = mass["SPAC average"].mean() / mass["DPO average"].mean()
+                value.setdefault("rare_doubted", {})[where] = ratio
+        checks = {}
+        for name in (OURS, OFF):
+            certificate = methods[name][0][1]["certificate"]
+            terms = {k: v for k, v in certificate.items() if k != "error"}
+            means = {k: v.mean(1) for k, v in terms.items()}
+            total = means["regret"] + means["doubt"] + means["eps"]
+            z = np.abs(total - means["gap"]) / certificate["error"]
+            checks[name] = float(z.max())
+            columns[where][name]["certificate"] = {
+                "by round": {k: v.mean(0) for k, v in terms.items()},
+                "mean": {k: v.mean() for k, v in means.items()},
+                "sum": total.mean(),
+                "correlation with the gap over seeds": {
+                    k: float(np.corrcoef(means[k], means["gap"])[0, 1])
+                    for k in ("regret", "doubt", "eps", "kl")
+                },
+            }
+        value.setdefault("certificate_adds_up", {})[where] = max(checks.values())
+    claims = {}
+    for name, values in value.items():
+        claims |= bandit.judge(name, values, len(seeds), expected(values))
+    return claims, columns
+
+
+def expected(values: dict) -> str:
+    """EXPECTED, a row for each point in the place of a row for several."""
+    rows = []
+    for row in EXPECTED.split("\n"):
+        kind, claim, points, *rest = row.split(None, 5) or [""] * 3
+        for where in values:
+            world, n = where.split("-")
+            fits = {"{all}": True, "{n>=1000}": int(n) >= 1000, "{n=300}": int(n) == 300,
+                    "{styles}": world == "styles"}  # fmt: skip
+            if fits.get(points):
+                rows.append(" ".join([kind, claim, where, *rest]))
+    return "\n".join(rows)
