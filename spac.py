@@ -30,7 +30,8 @@ Differences from what is publicly known of the paper
  - The critic's term compares y' with the pair's two responses. Without that baseline it
    rewards variance instead of doubt (theory.md, section 8).
  - The critic is smoothed by default (Eq. 30); the linear one that equals SPAC-T's (Eq. 29) is
-   beside it. The smoothed one has half its slope at pi = pi_t.
+   beside it, and has twice its slope at pi = pi_t. The proximal one (Eq. 39) is ours: the same
+   game, played without y'.
  - The box [0, R] is exact in the bandit and absent from the language model's loss; the trainer
    logs how far the implied rewards go instead.
 Provenance: a reconstruction made without the authors' text or code; corrections are welcome.
@@ -61,6 +62,11 @@ def smoothed_critic(
     return -(wins + F.logsigmoid(beta * (h_rejected - h_generated))) / 2
 
 
+def proximal_critic(h_chosen: Tensor, h_rejected: Tensor, _: Tensor, beta: float) -> Tensor:
+    """Eq. 39: supervised learning of the pair's two responses; it has no use for y'. (B,)"""
+    return -beta * (h_chosen + h_rejected) / 2
+
+
 def spac_loss(
     policy: tuple[Tensor, Tensor, Tensor],
     opponent: tuple[Tensor, Tensor, Tensor],
@@ -73,10 +79,10 @@ def spac_loss(
     policy, opponent: log pi(y|x) and log pi_t(y|x) of (chosen, rejected, generated), each (B,),
     fp32 or fp64, in nats, summed over the response's tokens; the generated y' comes from pi_t.
     beta: 1 / eta, nats of reward per nat of log-ratio. lam: weight of the data against the doubt;
-    inf switches the critic off (then one round is DPO with reference pi_1). critic:
-    smoothed_critic or linear_critic. Returns (preference + critic / lam, preference, critic),
-    each (B,), not reduced. At policy = opponent they are log 2 (1 + 1/lam), log 2, log 2
-    (linear critic: log 2, log 2, 0). Raises ValueError on bad shapes, precision, beta or lam.
+    inf switches the critic off (then one round is DPO with reference pi_1). critic: one of those
+    above. Returns (preference + critic / lam, preference, critic), each (B,), not reduced. At
+    policy = opponent they are log 2 (1 + 1/lam), log 2, log 2 (other critics: log 2, log 2, 0).
+    Raises ValueError on bad shapes, precision, beta or lam.
     """
     _check_positive(beta=beta, lam=lam)
     if beta == float("inf"):
@@ -204,6 +210,28 @@ def mixture(policies) -> Tensor:
     if mean is None:
         raise ValueError("a mixture needs at least one policy")
     return mean
+
+
+def certificate(policies, beta: float, best: Tensor, reward: Tensor, wins: Tensor, lam) -> dict:
+    """Eq. 36, 37: why policies pi_1 .. pi_T+1 of one support, however found, fall short of best.
+
+    Four terms, each (...), that add up to J(best) less the mean of J(pi_1) .. J(pi_T) at the
+    prompts of the data. policies: a list of (..., X, A); best, reward: (..., X, A).
+    """
+    prompts, steps = data_policy(wins)[0], list(zip(policies, policies[1:]))
+
+    def kl(p, q):
+        return (prompts * (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1)).sum(-1)
+
+    def excess(pi, f):
+        return critic_objective(pi, f, wins, lam) - critic_objective(pi, reward, wins, lam)
+
+    critics = [beta * (q.log() - p.log()) for p, q in steps]  # Eq. 26
+    terms = {"travel": beta * (kl(best, policies[0]) - kl(best, policies[-1]))}
+    terms["steps"] = beta * sum(kl(p, q) for p, q in steps)
+    terms["doubt"] = -sum(excess(best, f) for f in critics)
+    terms["inexact"] = sum(excess(p, f) for (p, _), f in zip(steps, critics))  # eps_t: Eq. 38
+    return {name: term / len(steps) for name, term in terms.items()}
 
 
 def _check_positive(**values: float | Tensor) -> None:

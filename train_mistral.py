@@ -11,29 +11,38 @@ texts, or with whole conversations as chosen and rejected. OUT gets round-N (Hug
 log.jsonl, curves.png, samples.jsonl, dropped.jsonl (rows not used, and why), run.json, and what a
 restart needs: after a kill, Ctrl-C or SIGTERM the same command goes on.
 
-What fits where: fp32 master weights are sharded by FSDP2, GPUs compute in bf16. Bytes a parameter:
-4 weights + 4 gradients + 8 for AdamW, next to none for Adafactor (row and column means). Mistral-7B
-(7.24e9): AdamW 116 GB, 14.5 a card on 8; Adafactor 58 GB, one 80 GB card. While playing each card
-holds bf16 weights besides, 14.5 GB; activations of 8k tokens, recomputed by layers, take 4 GB.
+What fits where: fp32 master weights are sharded by FSDP2; layers compute in bf16 (--bf16, on a GPU
+by default) and once more in the backward pass (--recompute). Bytes a parameter over all cards: 4
+weights, 4 gradients, 8 for AdamW, next to none for Adafactor. A card that plays holds all weights
+in bf16 besides, and 8.6 GB of keys and values (64 rows of 1,024 tokens); one that trains 7 GB: a
+layer, the head, activations of 8k tokens. Mistral-7B (7.24e9 parameters), GB a card:
+
+    cards    play    train, Adafactor    train, AdamW
+    1        52      65                  123
+    4        30      21                  36
+    8        27      14                  21
+
+The averaged weights, 4 bytes a parameter, lie on the hosts. Rank 0 reads the weights (14.5 GB of
+its host) and writes round-N (44). A saved state has 8 bytes a parameter, with AdamW 16, and two lie
+on the disk while one replaces the other.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
-import io
 import json
 import math
 import os
 import random
-import resource
+import re
 import shutil
 import signal
+import sys
 import time
 from array import array
 from collections import Counter
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -41,7 +50,6 @@ from typing import NamedTuple
 
 import datasets
 import jinja2
-import safetensors
 import tokenizers
 import torch
 import torch.distributed as dist
@@ -54,6 +62,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.utils import chat_template_utils as chats
 
 import spac
 
@@ -62,7 +71,9 @@ FUSED = partial(torch.optim.AdamW, fused=True)  # one pass over the weights, on 
 OPTIMIZERS = {"adamw": FUSED, "adafactor": torch.optim.Adafactor}
 SFT_MODEL = "alignment-handbook/zephyr-7b-sft-full@ac6e600eefcce74f5e8bae1035d4f66019e93190"
 PAIRS = "HuggingFaceH4/ultrafeedback_binarized"
-TOLERANCE = {"cpu": 1e-4, "cuda": 0.05}  # of log pi in fp32, bf16: nats per root of its tokens
+TOLERANCE = {False: 1e-4, True: 0.1}  # of log pi in fp32, bf16: rms of nats / root of its tokens
+ADAFACTOR = 50  # times AdamW's rate: its step is a share of a matrix's rms, .02 in a new model
+FREE = {"rounds", "micro_batch", "recompute", "checkpoint_every"}  # on a restart
 DAMAGED = "is damaged or missing. Go on from the last round in a new folder: --model OUT/round-N"
 LEFT = "asked to stop: what is done is saved, the same command goes on from here"
 leaving = []  # signals that asked to stop
@@ -75,9 +86,9 @@ def require(condition, problem: str, error=SystemExit):
 
 
 # -------------------------------------------------------- configuration
-def option(tiny, mistral_7b, help: str, choices=None, above=0):
-    about = {"tiny": tiny, "mistral-7b": mistral_7b, "help": help}
-    return dataclasses.field(default=tiny, metadata=dict(about, choices=choices, above=above))
+def option(tiny, mistral_7b, help: str, choices=None, above=0, most=1e300):
+    about = {"tiny": tiny, "mistral-7b": mistral_7b, "help": help, "choices": choices}
+    return dataclasses.field(default=tiny, metadata=about | {"above": above, "most": most})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +98,10 @@ class Config:
     preset: str = option("tiny", "mistral-7b", "named defaults", ["tiny", "mistral-7b"])
     out: str = option("out/tiny", "out/mistral-7b", "folder of the run, new or to go on with")
     model: str = option("", SFT_MODEL, "where self-play starts: folder, or hub NAME[@REVISION]")
-    data: str = option("", PAIRS, "pairs: .jsonl, .parquet, or hub NAME[@REVISION]")
-    split: str = option("", "train_prefs", "split of hub data")
+    data: str = option("", PAIRS, "pairs: .json[l][.gz], .parquet, folder, hub NAME[@REVISION]")
+    split: str = option("", "train_prefs", "split of a folder or of hub data")
     rows: int = option(1000, 0, "train on the first ROWS usable rows; 0 is all", above=-1)
-    heldout: int = option(500, 500, "rows held out, at most half: accuracy, samples", above=-1)
+    heldout: int = option(500, -1, "rows held out; -1: a tenth, at most 500", above=-2)
     heldout_data: str = option("", "", "such rows from another file instead")
     max_prompt: int = option(8, 512, "tokens of a prompt; a longer one loses its start", above=1)
     max_response: int = option(8, 512, "tokens of a response, y' too; a longer one is cut")
@@ -99,17 +110,20 @@ class Config:
     sft_epochs: int = option(10, 0, "supervised passes over both responses, as round 0", above=-1)
     sft_lr: float = option(3e-3, 1e-5, "learning rate of those")
     beta: float = option(0.3, 0.1, "1 / eta: reward per nat of log-ratio to pi_t")
-    lam: float = option(5.0, 10.0, "weight of the data against the critic's doubt; inf: no critic")
+    lam: float = option(5.0, 10.0, "weight of the data; inf: no critic", most=math.inf)
     critic: str = option("smoothed", "smoothed", "the doubt: Eq. 30 or Eq. 29", list(CRITICS))
-    optimizer: str = option("adamw", "adamw", "adafactor: lr is per weight RMS", list(OPTIMIZERS))
-    lr: float = option(3e-4, 5e-7, "peak of warm-up and cosine, anew each round")
-    warmup: float = option(0.1, 0.1, "share of a round's steps that warm up", above=-1)
+    optimizer: str = option("adamw", "adamw", "adafactor: less memory", list(OPTIMIZERS))
+    lr: float = option(3e-4, 5e-7, f"peak of warm-up and cosine; x {ADAFACTOR} for adafactor")
+    warmup: float = option(0.1, 0.1, "share of a round's steps that warm up", above=-1e-9, most=1)
     clip: float = option(1.0, 1.0, "largest gradient norm")
+    average: float = option(0.5, 0.5, "steps in OUT/average, share of all; 0: none", above=-1e-9)
     batch: int = option(64, 128, "pairs a step, over all processes")
     micro_batch: int = option(64, 4, "pairs a forward pass of a process: memory, not the loss")
     generate_batch: int = option(250, 64, "prompts sampled together; each batch has its seed")
     checkpoint_every: int = option(50, 50, "steps between saved states")
     seed: int = option(0, 0, "of everything random", above=-1)
+    bf16: bool = option(None, None, "layers compute in bf16; None: on a GPU")
+    recompute: bool = option(None, None, "layers twice, to save memory; None: on a GPU")
     dry_run: bool = option(False, False, "print the plan and touch nothing")
 
 
@@ -119,17 +133,25 @@ def parse(argv: list[str] | None = None) -> Config:
     fields = {field.name: field.metadata for field in dataclasses.fields(Config)}
     for name, about in fields.items():
         value = dict(type=type(about["tiny"]), choices=about["choices"])
-        kind = dict(action="store_true") if name == "dry_run" else value
+        switch = name in ("bf16", "recompute", "dry_run")
+        kind = dict(action=argparse.BooleanOptionalAction) if switch else value
         text = "{help} [{tiny} | {mistral-7b}]".format_map(about)
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
-    preset = given.get("preset", "tiny")
-    config = Config(**{name: about[preset] for name, about in fields.items()} | given)
+    preset, gpu = given.get("preset", "tiny"), torch.cuda.is_available()
+    default = {name: about[preset] for name, about in fields.items()}
+    default |= {"bf16": gpu, "recompute": gpu}
+    if given.get("optimizer") == "adafactor":
+        default |= {name: ADAFACTOR * default[name] for name in ("lr", "sft_lr")}
+    config = Config(**default | given)
     if preset == "tiny" and (config.model or config.data):
         parser.error("tiny makes its own model and data: add --preset mistral-7b to use yours")
+    if preset == "tiny" and (config.rows < 1 or config.heldout < 0):
+        parser.error("tiny draws as many pairs as --rows and --heldout say: 1 and 0 at least")
     for name, value in vars(config).items():
-        if type(value) in (int, float) and not value > fields[name]["above"]:
-            parser.error(f"--{name} must be above {fields[name]['above']}")
+        above, most = fields[name]["above"], fields[name]["most"]
+        if type(value) in (int, float) and not above < value <= most:
+            parser.error(f"--{name} {value} must be above {above} and at most {most}")
     return config
 
 
@@ -187,13 +209,18 @@ PLAIN_TEMPLATE = (  # for a tokenizer without a chat template; the rounds are sa
 )
 
 
+SPOKEN = ("content", "reasoning_content", "reasoning", "thinking", "tool_calls")  # by a turn
+UNREAD = "instruction input history context documents tools images".split()  # they would speak
+BLANK = r"[\s\U000f0000\U000f0001]"  # white space, and the marks of mark_control_tokens
+
+
 class Row(NamedTuple):
     number: int  # in its source, from 1
     prompt: array  # ids; the same for all responses, y' too
     chosen: array
     rejected: array
-    generated: list[int] = ()  # y' ~ pi_t: the sampled ids, never decoded and encoded again
-    logps: list[float] = ()  # log pi_t of chosen, rejected, generated
+    generated: list[list[int]] = ()  # samples y' ~ pi_t: ids, never decoded and encoded again
+    logps: list[float] = ()  # log pi_t of chosen, rejected, and each sample
 
 
 def pinned(source: str) -> tuple[str, str]:  # a name and its revision
@@ -201,44 +228,105 @@ def pinned(source: str) -> tuple[str, str]:  # a name and its revision
     return name, revision or "main"
 
 
+def parsed(row):
+    """A line of JSON becomes what it says; what is no JSON stays what it is: no dict."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(row) if isinstance(row, bytes) else row
+
+
+def messages(turns, role: str) -> list[dict]:
+    """Text, or messages -> messages of non-empty Unicode text. Raises ValueError, with a reason."""
+    turns, cleaned = [{"role": role, "content": turns}] if isinstance(turns, str) else turns, []
+    for turn in turns if isinstance(turns, list) else []:
+        require(isinstance(turn, dict), "an empty or no text", ValueError)
+        said = {"content": "" if turn.get("tool_calls") else None}
+        said |= {key: turn[key] for key in SPOKEN if turn.get(key)}
+        text = said["content"]
+        fine = isinstance(text, str) and (text.strip() or len(said) > 1)
+        require(fine, "an empty or no text", ValueError)
+        require(text == text.encode(errors="replace").decode(), "not Unicode", ValueError)
+        cleaned.append({"role": turn.get("role")} | said)
+    return cleaned
+
+
 def conversations(row) -> list[list[dict]]:
     """A pair in any form, or a line of JSON -> two conversations, up to chosen and to rejected."""
-    with contextlib.suppress(ValueError, RecursionError):  # then it stays what it is: no dict
-        row = json.loads(row) if isinstance(row, bytes) else row
+    row, both = parsed(row), []
     require(isinstance(row, dict), "not a JSON object", ValueError)
-    both = []
+    unread = [name for name in UNREAD if row.get(name)]
+    require(not unread, f"columns that this trainer does not read: {', '.join(unread)}", ValueError)
+    lacking = "no {}, as text or messages; the row has " + ", ".join(sorted(map(str, row)))[:200]
+    for name in ("system", "prompt"):
+        fine = row.get(name) is None or isinstance(row[name], str | list)
+        require(fine, lacking.format(name), ValueError)
+    system = messages(row.get("system") or [], "system")
     for field in ("chosen", "rejected"):
-        turns, prompt = row.get(field), row.get("prompt")
-        turns = [{"role": "assistant", "content": turns}] if isinstance(turns, str) else turns
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        require(turns and isinstance(turns, list), f"no {field}, as text or messages", ValueError)
-        if len(turns) == 1:  # the prompt stands apart
-            require(isinstance(prompt, list), "no prompt, as text or messages", ValueError)
-            turns = prompt + turns
-        for turn in turns:
-            text = turn.get("content") if isinstance(turn, dict) else None
-            require(isinstance(text, str) and text.strip(), "an empty or no text", ValueError)
-            require(text == text.encode(errors="replace").decode(), "not Unicode", ValueError)
-        roles = [turn.get("role") for turn in turns]
+        *before, answer = messages(row.get(field), "assistant") or [None]
+        require(answer, lacking.format(field), ValueError)
+        asked = messages(row.get("prompt") or [], "user") or before
+        asked = system[: asked[:1] != system] + asked
+        if before and asked[-len(before) :] != before:  # a whole conversation: is asked part of it?
+            parts = [before[i : i + len(asked)] for i in range(len(before))]
+            require(asked in parts, "prompt or system contradicts the conversation", ValueError)
+            asked = before
+        require(asked, lacking.format("prompt"), ValueError)
+        roles = [turn["role"] for turn in [*asked, answer]]
         turn_about = ["user", "assistant"] * max(1, len(roles) // 2)
-        require(roles[roles[0] == "system" :] == turn_about, "wrong role order", ValueError)
-        both.append([{"role": r, "content": turn["content"]} for r, turn in zip(roles, turns)])
+        odd = [f", {role!r}" for role in roles if role not in ("system", "user", "assistant")]
+        found = f"wrong role order{''.join(odd[:1])}, not [system,] user, assistant, in turn"
+        require(roles[roles[0] == "system" :] == turn_about, found, ValueError)
+        both.append([*asked, answer])
     require(both[0][:-1] == both[1][:-1], "chosen and rejected have different prompts", ValueError)
     return both
 
 
-def encode(row, number: int, tokenizer, stops: set[int], config: Config) -> Row:
-    """Text to ids by the chat template, in one piece: what follows the prompt's ids is the
-    response, up to its end token, which is lost if it is cut. A "</s>" typed by a person stays
-    text: only the template writes control tokens."""
+def render(tokenizer, stops: set[int], now, turns: list[dict], **options) -> str:
+    """The chat template's text, its clock now(format), with marks around control tokens that have
+    to stay text: all that a person typed; an assistant's turn is what the model would write."""
+    template, added = tokenizer.get_chat_template(), tokenizer.added_tokens_decoder.items()
+    typed = {t.content for _, t in added if t.special or t.content in template} - {"\n", " "}
+    never = {tokenizer.bos_token, tokenizer.pad_token} & typed  # in an answer, but as its end
+    never -= {token.content for i, token in added if i in stops}
+    marked = []
+    for turn in turns:
+        names = sorted(never if turn["role"] == "assistant" else typed, key=len, reverse=True)
+        pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        marked.append(chats.mark_control_tokens(turn, pattern))
+    chats._compile_jinja_template(template).globals["strftime_now"] = now or datetime.now().strftime
+    return tokenizer.apply_chat_template(marked, tokenize=False, **options)
+
+
+def encode(row, number: int, tokenizer, stops: set[int], config: Config, now=None) -> Row:
+    """Text to ids by the chat template. What follows the prompt's ids is the response, up to its
+    first stop token, which is lost if it is cut. Raises ValueError where a text would be lost."""
     both, responses, bos = conversations(row), [], [tokenizer.bos_token_id]
-    render = partial(tokenizer.apply_chat_template, return_dict=False, sanitize_control_tokens=True)
-    prompt = render(both[0][:-1], add_generation_prompt=True)
-    for whole in map(render, both):
-        require(whole[: len(prompt)] == prompt, "the template rewrites its own prompt", ValueError)
-        ids = whole[len(prompt) :]
+    write = partial(render, tokenizer, stops, now)
+    ids_of = partial(tokenizer, add_special_tokens=False, sanitize_control_tokens=True)
+
+    def written(turn: dict, text: str) -> None:
+        whole = re.sub(BLANK, "", turn["content"]) in re.sub(BLANK, "", text)
+        require(whole, f"the template does not write all of {turn['role']}'s text", ValueError)
+
+    *before, _ = both[0]
+    asked = write(before, add_generation_prompt=True)
+    prompt = ids_of(asked).input_ids
+    for turn in before:  # it may leave out an assistant's old thoughts
+        written(turn | ({"content": ""} if turn["role"] == "assistant" else {}), asked)
+    for *_, answer in both:
+        text, content = write([*before, answer]), answer["content"]
+        ids, told = ids_of(text).input_ids, text.removeprefix(asked)
+        require(ids[: len(prompt)] == prompt, "the template rewrites its own prompt", ValueError)
+        written(answer, told)
+        for key in answer.keys() - {"role", "content"}:
+            used = write([*before, answer | {key: None}]) != text
+            require(used, f"the template does not write {key}", ValueError)
+        after = [content.partition(tokenizer.decode([stop]))[2] for stop in stops]
+        require(not any(map(str.strip, after)), "an answer goes on after a stop token", ValueError)
+        ids, rest = ids[len(prompt) :], told.rpartition(content.strip() or told)[2].strip()
         ends = [i for i, token in enumerate(ids, 1) if token in stops]
-        ids = ids[: ends[-1]] if ends else [*ids, tokenizer.eos_token_id]
+        require(ends or not rest, f"the template ends an answer with {rest[:40]!r}, no stop token: "
+                "name it in generation_config.json's eos_token_id", ValueError)  # fmt: skip
+        ids = ids[: ends[0]] if ends else [*ids, tokenizer.eos_token_id]
         require(len(ids) > 1, "nothing of a response is left", ValueError)
         responses.append(ids[: config.max_response])
     require(responses[0] != responses[1], "chosen equals rejected, or does once cut", ValueError)
@@ -249,25 +337,41 @@ def encode(row, number: int, tokenizer, stops: set[int], config: Config) -> Row:
     return Row(number, *(array("i", ids) for ids in (prompt, *responses)))
 
 
-def load_rows(source: str, tokenizer, stops, config: Config) -> tuple[list[Row], list[dict]]:
-    """The usable rows of a .jsonl, .parquet or hub data set, and the others with the reason."""
-    (name, revision), rows, dropped = pinned(source), [], []
+def read(source: str, config: Config):
+    """The rows of a data set as they stand, dicts or lines."""
+    (name, revision), path = pinned(source), Path(source)
+    if config.preset == "tiny":
+        return CopyDigits().pairs(config.rows + config.heldout, config.seed)
+    if source.endswith(".jsonl"):
+        return path.read_bytes().splitlines()  # each of its own form
+    kind = {".parquet": "parquet", ".json": "json", ".gz": "json"}.get(path.suffix)
+    if kind:
+        return datasets.load_dataset(kind, data_files=source, split="train")
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        saved = datasets.load_from_disk(source)
+        return saved[config.split] if isinstance(saved, dict) else saved
+    return datasets.load_dataset(name, revision=revision, split=config.split)
+
+
+def load_rows(source: str, tokenizer, stops, config: Config, now=None) -> tuple[list[Row], list]:
+    """The usable rows, and the others with the reason."""
+    rows, dropped, columns = [], [], set()
     try:
-        if config.preset == "tiny":
-            raw = CopyDigits().pairs(config.rows + config.heldout, config.seed)
-        elif source.endswith(".jsonl"):
-            raw = Path(source).read_bytes().splitlines()
-        elif source.endswith(".parquet"):
-            raw = datasets.load_dataset("parquet", data_files=source, split="train")
-        else:
-            raw = datasets.load_dataset(name, revision=revision, split=config.split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise SystemExit(f"cannot read {source} (.jsonl, .parquet, hub name): {error}") from None
+        raw = read(source, config)
+    except Exception as error:  # of many libraries
+        wanted = ".jsonl[.gz], .json, .parquet, a saved data set's folder, or a hub name"
+        here = "" if os.path.exists(source) else "no such file or folder here; "
+        raise SystemExit(f"cannot read {source} ({here}wanted: {wanted}): {error}") from None
     for number, row in enumerate(tqdm(raw, "reading", disable=dist.get_rank() > 0 or None), 1):
+        row = parsed(row)
+        columns |= {*row} if isinstance(row, dict) else set()
         try:
-            rows.append(encode(row, number, tokenizer, stops, config))
-        except (ValueError, jinja2.TemplateError) as reason:  # a row is used, or it is counted
+            rows.append(encode(row, number, tokenizer, stops, config, now))
+        except (ValueError, TypeError, jinja2.TemplateError) as reason:  # a row is used, or counted
             dropped.append({"data": source, "row": number, "reason": str(reason)})
+    unread = sorted(map(str, columns - {"prompt", "chosen", "rejected", "system", *UNREAD}))
+    if unread:
+        say(f"columns not read: {', '.join(unread)}"[:200])
     return rows, dropped
 
 
@@ -293,8 +397,11 @@ def gather(value=None) -> list:
 
 
 def say(text: str) -> None:
+    """Prints on rank 0. No terminal ends a run: neither one that is not UTF-8 nor one that left."""
     if dist.get_rank() == 0:
-        print(text, flush=True)
+        letters = getattr(sys.stdout, "encoding", None) or "utf-8"
+        with contextlib.suppress(OSError):
+            print(text.encode(letters, "backslashreplace").decode(letters), flush=True)
 
 
 def seed_of(*parts) -> int:
@@ -316,7 +423,9 @@ class Scorer(nn.Module):
         table, states_at, labels, lengths = lay_out(items, self.sharing)
         ids, segments, positions = table.to(self.lm.device).unbind(-1)  # (R, T)
         shared = dict(attention_mask=hide(segments), position_ids=positions) if self.sharing else {}
-        states = self.lm.get_decoder()(input_ids=ids, use_cache=False, **shared).last_hidden_state
+        body = self.lm.get_decoder()  # Llama 4's is the whole model
+        body = self.lm.model if body is self.lm else body
+        states = body(input_ids=ids, use_cache=False, **shared).last_hidden_state
         states = states[states_at.to(ids.device).unbind()]  # (N, H), N response tokens in all
         chunks = zip(*(x.split(self.logits_chunk) for x in (states, labels.to(ids.device))))
         logps = torch.cat([checkpoint(self.head, *chunk, use_reentrant=False) for chunk in chunks])
@@ -375,32 +484,51 @@ def hide(segments: Tensor) -> Tensor:
 
 
 def load_model(config: Config):
-    """The language model and its tokenizer; a plan takes the model's shape alone."""
+    """The language model and its tokenizer. A plan, and every rank but the first, take the model's
+    shape alone. Raises ValueError for what is no whole causal language model."""
     if config.preset == "tiny":
         return CopyDigits().model(config.seed), CopyDigits().tokenizer()
     name, revision = pinned(config.model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
     shape = transformers.AutoConfig.from_pretrained(name, revision=revision)
-    for key in vars(shape):
-        if key.endswith(("dropout", "pdrop")):  # pi and pi_t must be one function
-            setattr(shape, key, 0.0)
-    if config.dry_run:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(shape), tokenizer
-    return AutoModelForCausalLM.from_pretrained(name, revision=revision, config=shape), tokenizer
+    quantized = getattr(shape, "quantization_config", None)
+    require(not quantized, "its weights are quantized, and bf16 or fp32 are needed", ValueError)
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(shape)
+    kind, kinds = type(lm).__name__, shape.architectures
+    require(kind in (kinds or [kind]), f"it is a {kinds}, and {kind} is needed", ValueError)
+    with contextlib.suppress(OSError):  # a folder may have none
+        lm.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
+    if config.dry_run or dist.get_rank() > 0:
+        return lm, tokenizer
+    wish = dict(revision=revision, config=shape)
+    wish |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # so that we name them
+    lm, told = AutoModelForCausalLM.from_pretrained(name, **wish)
+    lacking = [*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])]
+    require(not lacking, f"it lacks, or has in another shape, {', '.join(lacking)}", ValueError)
+    broken = [name for name, weight in lm.named_parameters() if not weight.isfinite().all()]
+    require(not broken, f"{broken[:1]} is not finite", ValueError)
+    return lm, tokenizer
 
 
-def shard(scorer: Scorer, device: torch.device) -> None:
-    """fp32 masters; FSDP2 over several processes, and on GPUs, where it computes in bf16. A layer
-    is a unit, the rest the root's, so that tied embeddings stay together."""
-    gpu = device.type == "cuda"
-    mixed = dict(mp_policy=MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32))
+def shard(scorer: Scorer, device: torch.device, config: Config) -> None:
+    """fp32 masters of rank 0's weights, a layer at a time: FSDP2 over several processes, and with
+    bf16, in which layers then compute. A layer is a unit, the rest the root's, so that tied
+    embeddings stay together. No dropout: training needs gradients, and no training mode."""
     layers = [m for m in scorer.modules() if isinstance(m, transformers.GradientCheckpointingLayer)]
-    for unit in [*layers, scorer]:
+    mixed = dict(mp_policy=MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32))
+    if next(scorer.parameters()).is_meta:
+        scorer.lm.to_empty(device="cpu").tie_weights()  # pages that nobody touches take no memory
+    for unit in [*layers, scorer.eval()]:
         unit.to(device, torch.float32)
-        if gpu or dist.get_world_size() > 1:  # the root too: whoever asks gets sharded parameters
-            fully_shard(unit, reshard_after_forward=True, **mixed if gpu else {})
+        if unit is not scorer and config.recompute:
+            unit.forward = partial(checkpoint, unit.forward, use_reentrant=False)
+        for tensor in [*unit.parameters(), *unit.buffers()]:
+            if not isinstance(tensor, DTensor):
+                dist.broadcast(tensor.detach(), 0)
+        if config.bf16 or dist.get_world_size() > 1:  # who asks the root gets sharded parameters
+            fully_shard(unit, reshard_after_forward=True, **mixed if config.bf16 else {})
 
 
 def local(tensor: Tensor) -> Tensor:  # this rank's part of it, the same memory
@@ -409,27 +537,34 @@ def local(tensor: Tensor) -> Tensor:  # this rank's part of it, the same memory
 
 # -------------------------------------------------------- a run, and files that survive a kill
 def seal(path: Path, content, key: str = "") -> None:
-    """Writes a file behind its sha256 and what it belongs to. A kill leaves the old or the new."""
+    """Writes a file, then its sha256 and what it belongs to. A kill leaves the old or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, buffer = path.with_name(path.name + ".tmp"), io.BytesIO()
-    torch.save(content, buffer)
-    with open(temporary, "wb") as file:
-        digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
-        file.writelines([f"{digest} {key}\n".encode(), buffer.getbuffer()])
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(content, temporary)
+    with open(temporary, "r+b") as file:
+        file.write(f"{hashlib.file_digest(file, 'sha256').hexdigest()} {key}".encode())
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
 def unseal(path: Path, key: str = ""):
-    """What was sealed and belongs to the key; None where the file is damaged or missing."""
-    head, _, content = path.read_bytes().partition(b"\n") if path.exists() else (b"", b"", b"")
-    if head == f"{hashlib.sha256(content).hexdigest()} {key}".encode():
-        return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    """What was sealed and belongs to the key; None where the file is damaged or missing. Tensors
+    stay in the file until they are used."""
+    if path.exists():
+        sha256, left = hashlib.sha256(), path.stat().st_size - len(f"{'':64} {key}")
+        with open(path, "rb") as file:
+            while left > 0 and (part := file.read(min(left, 2**24))):
+                sha256.update(part)
+                left -= len(part)
+            if file.read() == f"{sha256.hexdigest()} {key}".encode():
+                return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
 
 
 def lock(path: Path) -> bool:
     """Whether no other run holds it; then this one does, for as long as the process lives."""
+    import fcntl  # which Windows lacks: there the module imports, and trains nothing
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(BlockingIOError):
         fcntl.lockf(os.open(path, os.O_CREAT | os.O_WRONLY, 0o644), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -447,6 +582,7 @@ class Run:
     rows: list[Row]
     heldout: list[Row]
     state: dict  # where the run stands; all of it is saved
+    average: list[Tensor] = ()  # this rank's part of the averaged weights: fp32, on its host
     since: float = dataclasses.field(default_factory=time.perf_counter)  # charge() was last called
 
     def log(self, name: str, line: dict) -> None:
@@ -457,34 +593,42 @@ class Run:
 
     def charge(self, phase: str) -> None:
         """Adds the time since the last call to a phase's seconds, and notes its peak memory."""
+        import resource  # as fcntl
+
         seconds, peaks, before = self.state["seconds"], self.state["peak_bytes"], self.since
         self.since = time.perf_counter()
         seconds[phase] = seconds.get(phase, 0.0) + self.since - before
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        host *= 1 if sys.platform == "darwin" else 1024
         peaks[phase] = max(peaks.get(phase, 0), torch.cuda.max_memory_allocated() or host)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
-    def open_folder(self, need: int) -> dict | None:
-        """Begins in a new folder. In this run's own, sets weights, state and logs to where it stood
-        and returns the optimizer's state. Refuses another run's."""
+    def open_folder(self, held: dict | None, need: int) -> dict | None:
+        """Begins in a new folder. In this run's own, whose page says held, sets weights, state and
+        logs to where it stood and returns the optimizer's state. Refuses another run's."""
         page, rows, saved = self.out / "state" / "page", hashlib.sha256(), {}
         for row in self.rows + self.heldout:
-            rows.update(repr(row).encode())
+            rows.update(repr(row[:4]).encode())
         mine = {k: v for k, v in vars(self.config).items() if k not in ("out", "dry_run")}
-        mine |= {"processes": dist.get_world_size(), "data_sha256": rows.hexdigest()}
-        self.state["run"] = mine = mine | {"model_sha256": self.state["pi_t"]}
-        if page.exists() or (self.out / "log.jsonl").exists():
-            held = require(unseal(page), f"{page} {DAMAGED}")
-            pairs = [(k, held["run"].get(k), v) for k, v in mine.items()]
-            changed = "; ".join(f"{k} was {a}, is {b}" for k, a, b in pairs if a != b)
-            require(not changed, f"{self.out} holds another run ({changed}): use a new --out")
+        mine |= {"processes": dist.get_world_size()}
+        mine |= {"data_sha256": rows.hexdigest(), "model_sha256": self.state["pi_t"]}
+        if held:
+            drawn = any(self.out.glob("play/*/*"))
+            free = FREE | (set() if drawn else {"generate_batch"})
+            words = {"data_sha256": "other rows", "model_sha256": "other weights"}
+            was = [(k, held["run"].get(k), v) for k, v in mine.items() if k not in free]
+            changed = [words.get(k, f"{k} was {a}, is {b}") for k, a, b in was if a != b]
+            told = f"{self.out} holds another run ({'; '.join(changed)}): use a new --out"
+            require(not changed, told)
             self.state |= held
             say(f"going on in {self.out} from round {held['round']} step {held['step']}")
+        self.state["run"] = mine
         if self.state["saves"]:
             part = page.with_name(f"{self.state['saves']}-{dist.get_rank()}")
             saved = require(unseal(part), f"{part} {DAMAGED}")
             self.scorer.load_state_dict(saved["model"])
+            self.average = saved["average"]
         gather()  # all have looked before one writes
         if dist.get_rank() == 0:
             seal(page, self.state)
@@ -501,7 +645,7 @@ class Run:
     def save_state(self, optimizer=None) -> None:
         """Each rank writes its part, rank 0 then the page that makes them count; old ones go."""
         folder, number = self.out / "state", self.state["saves"] + 1
-        part = {"model": self.scorer.state_dict()}
+        part = {"model": self.scorer.state_dict(), "average": self.average}
         part["optimizer"] = optimizer and optimizer.state_dict()
         seal(folder / f"{number}-{dist.get_rank()}", part)
         self.state["saves"] = number
@@ -512,16 +656,34 @@ class Run:
             for old in {*folder.glob("*-*")} - {*folder.glob(f"{number}-*")}:
                 old.unlink()
 
-    def save_round(self) -> None:
-        """OUT/round-N, a Hugging Face folder, in the precision that computed: bf16 on GPUs."""
+    @contextlib.contextmanager
+    def averaged(self):
+        """The averaged weights stand in the model, and the last ones in their place."""
+        pi_t, weights = self.state["pi_t"], self.scorer.parameters()
+        shards = [local(weight.detach()) for weight in weights if weight.requires_grad]
+
+        def swap() -> None:
+            for shard, mean in zip(shards, self.average):
+                last = shard.clone()
+                shard.copy_(mean)
+                mean.copy_(last)
+
+        swap()
+        self.state["pi_t"] = self.scorer.sha256()
+        yield
+        swap()
+        self.state["pi_t"] = pi_t
+
+    def save_model(self, name: str) -> None:
+        """OUT/NAME, a Hugging Face folder, in the precision that computed."""
         whole, lm = StateDictOptions(full_state_dict=True, cpu_offload=True), self.scorer.lm
         weights = get_model_state_dict(lm, options=whole)  # empty but on rank 0
         if dist.get_rank() == 0:
-            dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+            dtype = torch.bfloat16 if self.config.bf16 else torch.float32
             made_of = dict(config=lm.config, state_dict=weights, dtype=dtype)
             served = type(lm).from_pretrained(None, **made_of)
             served.generation_config = lm.generation_config
-            folder = self.out / f"round-{self.state['round']}"
+            folder = self.out / name
             temporary = folder.with_name(folder.name + ".tmp")
             shutil.rmtree(temporary, ignore_errors=True)
             served.save_pretrained(temporary)
@@ -534,24 +696,49 @@ class Run:
 
 
 # -------------------------------------------------------- self-play: y' ~ pi_t, and log pi_t
+def least(lm: nn.Module, *names: str) -> float:
+    """The smallest limit that the config of any module sets under one of these names."""
+    configs = {id(c): c for m in lm.modules() if (c := getattr(m, "config", None))}.values()
+    limits = [getattr(config, name, None) for config in configs for name in names]
+    return min([x for x in limits if isinstance(x, int) and x > 0], default=math.inf)
+
+
+def own_logp(lm: nn.Module, prompt, response) -> Tensor:
+    """log pi(y|x) by the model's own logits; the first token's as generate() sees them."""
+    ids, start = torch.tensor([[*prompt, *response]], device=lm.device), len(prompt)
+    logits = [lm(ids[:, :start]).logits[:, -1:], lm(ids).logits[:, start:-1]]
+    return spac.token_logps(torch.cat(logits, 1), ids[:, start:]).sum()
+
+
 @torch.no_grad()
 def check_model(run: Run) -> None:
-    """Our log pi must be that of the model's own logits. May all responses share a row?"""
-    scorer, row = run.scorer, max(run.rows, key=lambda row: len(row.prompt) + len(row.chosen))
-    window = getattr(scorer.lm.config, "sliding_window", None) or math.inf  # our mask overrules it
-    fits = run.config.max_prompt + run.config.max_response <= window
-    fits = fits and scorer.lm.config._attn_implementation in ("sdpa", "eager")  # they take a mask
-    ours, limit = scorer([(row.prompt, [row.chosen])]), TOLERANCE[scorer.lm.device.type]
-    limit *= len(row.chosen) ** 0.5
+    """On the rows most likely to differ: is our log pi the model's own? And may all responses to a
+    prompt share a row? Decided once, for that changes the last bits of every score."""
+    scorer, lm, limit = run.scorer, run.scorer.lm, TOLERANCE[bool(run.config.bf16)]
+    sizes = [lambda row: sum(map(len, row[1:4])), lambda row: len(row.prompt)]
+    rows = [min(run.rows, key=sizes[0]), *(max(run.rows, key=size) for size in sizes)]
+    items = [(row.prompt, [row.chosen, row.rejected]) for row in rows]
+    roots = torch.tensor([[len(y) ** 0.5 for y in ys] for _, ys in items])
+    apart = scorer(items)
     with scorer.gathered():
-        ids = torch.tensor([[*row.prompt, *row.chosen]], device=scorer.lm.device)
-        logits = scorer.lm(ids).logits[:, len(row.prompt) - 1 : -1]
-    own = spac.token_logps(logits, ids[:, len(row.prompt) :]).sum()
-    require(abs(ours - own) <= limit, f"log pi {ours.item()} is {own} by the model's own logits: "
-            "its head is more than a matrix, which Scorer.head must learn first")  # fmt: skip
-    scorer.sharing = fits
-    beside = scorer([(row.prompt, [row.rejected, row.chosen])])[0, 1]
-    scorer.sharing = fits and bool(abs(beside - own) <= limit)
+        own = torch.tensor([[own_logp(lm, x, y) for y in ys] for x, ys in items]).to(apart)
+        require(own.isfinite().all(), "the model's own log pi is not finite")
+
+        def gap(ours) -> float:  # rms, nats per root token
+            return float(((ours - own) / roots.to(own)).square().mean().sqrt())
+
+        told = f"log pi {apart[0, 0]} is {own[0, 0]} by the model's own logits: it looks ahead, or "
+        told += "its head is more than a matrix, which Scorer.head must learn first"
+        require(gap(apart) <= limit, told)
+        if "sharing" not in run.state:
+            fits = lm.config._attn_implementation in ("sdpa", "eager")  # they take a mask
+            longest = max(len(row.prompt) for row in run.rows) + run.config.max_response
+            fits &= longest <= least(lm, "sliding_window", "attention_chunk_size", "window_size")
+            scorer.sharing, beside = True, math.inf
+            with contextlib.suppress(Exception):  # a model that takes no mask of ours
+                beside = gap(scorer(items))
+            run.state["sharing"] = all(gather(fits and beside <= limit))  # an odd rank decides
+    scorer.sharing = run.state["sharing"]
     say("responses to a prompt " + ("share one row" if scorer.sharing else "take a row each"))
 
 
@@ -559,11 +746,12 @@ def sample(run: Run, prompts: list[array], seed: int) -> list[list[int]]:
     """One true sample y ~ pi(.|x) a prompt: all that would bend it is off, and nothing comes from
     the model's folder. An end token is there if it was sampled."""
     lm, longest = run.scorer.lm.eval(), max(map(len, prompts))
+    room = min(run.config.max_response, least(lm, "max_position_embeddings") - longest)
     ids = torch.tensor([[0] * (longest - len(x)) + list(x) for x in prompts], device=lm.device)
     mask = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in prompts])
     settings = GenerationConfig(
         do_sample=True, temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0,
-        max_new_tokens=run.config.max_response, eos_token_id=[*run.stops], pad_token_id=0,
+        max_new_tokens=room, eos_token_id=[*run.stops], pad_token_id=0,
     )  # fmt: skip
     with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -590,9 +778,10 @@ def play(run: Run, rows: list[Row], name: str) -> list[Row]:
                 continue
             require(run.state["step"] == 0, f"{paths[i]} {DAMAGED}")  # and pi_t is no more
             require(not leaving, LEFT)
-            answers = sample(run, [r.prompt for r in batches[i]], seed_of(run.config.seed, name, i))
+            prompts, seed = [row.prompt for row in batches[i]], seed_of(run.config.seed, name, i)
+            answers = [[y] for y in sample(run, prompts, seed)]
             run.charge("generate")
-            items = [(r.prompt, [r.chosen, r.rejected, y]) for r, y in zip(batches[i], answers)]
+            items = [(r.prompt, [r.chosen, r.rejected, *ys]) for r, ys in zip(batches[i], answers)]
             logps = [run.scorer(items[j : j + micro]) for j in range(0, len(items), micro)]
             answered = zip(batches[i], answers, torch.cat(logps).tolist())
             seal(paths[i], {row.number: told for row, *told in answered}, pi_t)
@@ -610,18 +799,21 @@ COLUMNS = "loss preference critic accuracy margin logp_chosen logp_rejected logp
 def losses(run: Run, rows: list[Row]) -> dict[str, Tensor]:
     """Of each pair, (B,): the loss, what the log shows, and how far log pi is from log pi_t.
     Rows without y' have the SFT's: nats per token of both responses."""
-    items = [(row.prompt, row[2:5] if row.logps else row[2:4]) for row in rows]
-    policy, beta = run.scorer(items), run.config.beta  # (B, 3), or (B, 2)
+    items = [(row.prompt, [row.chosen, row.rejected, *row.generated]) for row in rows]
+    policy, beta = run.scorer(items), run.config.beta  # (B, 2 + y' a prompt)
     sizes = torch.tensor([[len(y) for y in ys] for _, ys in items]).to(policy)
     if not rows[0].logps:
         return dict(loss=-policy.sum(1) / sizes.sum(1))
     opponent = torch.tensor([row.logps for row in rows]).to(policy)
-    critic, both = CRITICS[run.config.critic], (policy.unbind(1), opponent.unbind(1))
-    terms = spac.spac_loss(*both, beta, run.config.lam, critic)
+    terms, critic = [], CRITICS[run.config.critic]
+    for k in range(2, policy.shape[1]):  # the mean over y'
+        both = [(*logps[:, :2].unbind(1), logps[:, k]) for logps in (policy, opponent)]
+        terms.append(torch.stack(spac.spac_loss(*both, beta, run.config.lam, critic)))
     h = (policy - opponent).detach()
-    ahead = h[:, 0] - h[:, 1]
-    shown = [*terms, (ahead > 0).float(), beta * ahead, *policy.unbind(1), -h[:, 2]]  # y' ~ pi_t
-    worst = dict(largest=(beta * h).abs().amax(1), gap=(h.abs() / sizes.sqrt()).amax(1))
+    ahead, drawn = h[:, 0] - h[:, 1], policy[:, 2:].mean(1)
+    shown = [*torch.stack(terms).mean(0), (ahead > 0).float(), beta * ahead]
+    shown += [policy[:, 0], policy[:, 1], drawn, -h[:, 2:].mean(1)]
+    worst = dict(largest=(beta * h).abs().amax(1), gap=(h.square() / sizes).mean(1))
     return dict(zip(COLUMNS.split(), shown)) | worst
 
 
@@ -666,13 +858,17 @@ def train(run: Run, rows: list[Row], saved: dict | None) -> None:
     optimizer = OPTIMIZERS[config.optimizer]([x for x in shards if x.numel()], weight_decay=0.0)
     if saved:
         optimizer.load_state_dict(saved)
+    horizon = config.average * config.rounds * len(batches)  # of the averaged weights, in steps
+    if state["round"] and horizon and not run.average:
+        run.average = [shard.cpu().clone() for shard in shards]  # pi_1's
     names, peak = (COLUMNS.split(), config.lr) if state["round"] else (["loss"], config.sft_lr)
-    if state["step"] < len(batches):
-        say("round  step      lr    grad " + "".join(f"{n.split('_')[-1]:>11}" for n in names))
-    run.scorer.train()  # which gradient checkpointing waits for; there is no dropout
-    for step in range(state["step"], len(batches)):
-        rate = learning_rate(step, len(batches), peak, config.warmup)
-        run.scorer.zero_grad()
+    name, total = f"round {state['round']}/{config.rounds}", len(batches)
+    if state["step"] < total:
+        titles = "".join(f"{n.split('_')[-1]:>11}" for n in names)
+        say(f"{name:12} step    left      lr    grad {titles}")
+    began, first = time.perf_counter(), state["step"]
+    for step in range(first, total):
+        rate = learning_rate(step, total, peak, config.warmup)
         values = accumulate(run, batches[step])
         norm = nn.utils.clip_grad_norm_(weights, config.clip)
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
@@ -681,46 +877,73 @@ def train(run: Run, rows: list[Row], saved: dict | None) -> None:
             shard.grad = local(weight.grad)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
+        for mean, shard in zip(run.average, shards):
+            mean.lerp_(shard.cpu(), min(1, 1 / horizon))
+        for tensor in (*shards, *weights):  # no gradient outlives its step
+            tensor.grad = None
         run.charge("train")
         means = {name: fmean(pair[name] for pair in values) for name in names}
         event = dict(event="step" if state["round"] else "sft", round=state["round"], step=step)
-        run.log("log.jsonl", event | means | {"grad_norm": norm, "lr": rate})
-        numbers = "".join(f"{mean:11.3f}" for mean in means.values())
-        say(f"{state['round']:5} {step:5} {rate:.1e} {norm:7.3f} {numbers}")
+        event |= means | {"grad_norm": norm, "lr": rate}
+        run.log("log.jsonl", event | ({"noise": state["noise"]} if state["round"] else {}))
+        last, tenth = step + 1 == total, math.ceil(total / 10)
+        if state["round"] or last or step % tenth == 0:
+            left = (time.perf_counter() - began) / (step + 1 - first) * (total - step - 1)
+            said = f"{name:12}{step + 1:>5}/{total} {timedelta(seconds=round(left))} {rate:.1e}"
+            say(f"{said} {norm:7.3f} " + "".join(f"{mean:11.3f}" for mean in means.values()))
         largest = max(pair.get("largest", 0.0) for pair in values)
         state |= {"step": step + 1, "largest": max(state["largest"], largest)}
-        leave, last = any(gather(leaving)), step + 1 == len(batches)
+        leave = any(gather(leaving))
         if leave or last or (step + 1) % config.checkpoint_every == 0:
             run.save_state(None if last else optimizer)
         require(not leave, LEFT)
 
 
 def check_step(run: Run, values: list[dict], norm: float) -> None:
-    """Loss and gradient are finite; and at step 0, pi = pi_t was scored as play() scored it."""
+    """Loss and gradient are finite; and at step 0, pi = pi_t was scored as play() scored it. What
+    is left of a difference there is the noise in every margin of this round."""
     where = f"round {run.state['round']} step {run.state['step']}"
     bad = [pair["row"] for pair in values if not math.isfinite(pair["loss"])]
     rows = sorted(bad or [pair["row"] for pair in values])
     finite = not bad and math.isfinite(norm)
     require(finite, f"{where}: not finite at rows {rows}. The last saved state stays")
     if run.state["round"] and run.state["step"] == 0:
-        gap, limit = max(pair["gap"] for pair in values), TOLERANCE[run.scorer.lm.device.type]
-        say(f"pi is pi_t to {gap:.1e} nats per root token, at most {limit}")
+        gap, limit = fmean(p["gap"] for p in values) ** 0.5, TOLERANCE[bool(run.config.bf16)]
+        noise = run.state["noise"] = fmean(pair["margin"] ** 2 for pair in values) ** 0.5
+        say(f"pi is pi_t to {gap:.1e} (rms of log-ratio / root of tokens, nats; at most {limit}); "
+            f"margins to {noise:.1e}")  # fmt: skip
         require(gap <= limit, f"{where}: pi is not pi_t; were they scored the same way?")
 
 
 # -------------------------------------------------------- what a person sees
 def evaluate(run: Run) -> None:
-    """Answers the held-out prompts, else some of training, and logs what came as one round."""
+    """Logs what a round's last weights, and the averaged ones, are worth."""
+    number, spent = run.state["round"], {k: run.state[k] for k in ("seconds", "peak_bytes")}
+    means = judge(run, f"heldout-{number}")
+    if run.average:
+        with run.averaged():
+            run.save_model("average")
+            averaged = judge(run, f"average-{number}")
+        means |= {f"average_{name}": value for name, value in averaged.items()}
+    means["max_implied_reward"] = run.state["largest"]
+    run.log("log.jsonl", {"event": "round", "round": number} | means | spent)
+
+
+def judge(run: Run, name: str) -> dict:
+    """Means over answers to the held-out prompts, else to some of training. Shows four of them."""
     world, number, told = CopyDigits(), run.state["round"], []
     rows = run.heldout or run.rows[: run.config.generate_batch]
-    for row in play(run, rows, f"heldout-{number}"):
-        y, (chosen, rejected, _) = row.generated, row.logps
+    for row in play(run, rows, name):
+        y, (chosen, rejected, *_) = row.generated[0], row.logps
+        first = run.state["first"].setdefault(row.number, chosen - rejected)  # under pi_1
         finished = y[-1] in run.stops
         prompt = run.tokenizer.decode(row.prompt, skip_special_tokens=True)
         response = run.tokenizer.decode(y[: len(y) - finished])
         fact = {"length": len(y), "finished": finished}
         if run.heldout:  # a tie is half
-            fact["heldout_accuracy"] = ((chosen > rejected) + (chosen >= rejected)) / 2
+            for measure, usual in {"heldout_accuracy": 0.0, "heldout_implied": first}.items():
+                lead = chosen - rejected - usual
+                fact[measure] = ((lead > 0) + (lead >= 0)) / 2
         if run.config.preset == "tiny":
             fact["reward"] = world.reward(prompt, response) / world.best
             fact["outside"] = world.outside(response)
@@ -728,27 +951,25 @@ def evaluate(run: Run) -> None:
         if len(told) <= 4:
             say(f"    {prompt[-70:]!r} -> {response[:70]!r}")
             line = {"round": number, "row": row.number, "prompt": prompt, "response": response}
-            run.log("samples.jsonl", line)
-    means = {name: fmean(fact[name] for fact in told) for name in told[0]}
-    means["max_implied_reward"] = run.state["largest"]
-    say(f"round {number}: " + "  ".join(f"{name} {mean:.3f}" for name, mean in means.items()))
-    spent = {name: run.state[name] for name in ("seconds", "peak_bytes")}
-    run.log("log.jsonl", {"event": "round", "round": number} | means | spent)
+            run.log("samples.jsonl", line | {"of": name.partition("-")[0]})
+    means = {fact: fmean(one[fact] for one in told) for fact in told[0]}
+    say(f"{name}: " + "  ".join(f"{fact} {mean:.3f}" for fact, mean in means.items()))
+    return means
 
 
 def draw_curves(run: Run) -> None:
     """curves.png: what each round's model is worth, and each term of the loss step by step."""
     figure = Figure(figsize=(8, 6), layout="constrained")
     panels = {
-        ("round", "share"): "reward outside heldout_accuracy finished",
+        ("round", "share"): "reward average_reward outside heldout_implied finished",
         ("step", "preference term (nats)"): "preference",
         ("step", "critic's term before 1 / lam (nats)"): "critic",
         ("step", "margin, KL(pi_t || pi) (nats)"): "margin kl",
     }
     for ax, ((kind, label), names) in zip(figure.subplots(2, 2).flat, panels.items()):
         drawn = [line for line in run.state["logs"]["log.jsonl"] if line["event"] == kind]
-        for name in [name for name in names.split() if name in drawn[0]]:
-            ax.plot([line[name] for line in drawn], ".-", label=name)
+        for name in [name for name in names.split() if name in drawn[-1]]:  # none in round 0
+            ax.plot([line.get(name, math.nan) for line in drawn], ".-", label=name)
         ax.set(xlabel=f"{kind}, from the start", ylabel=label)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend(frameon=False)
@@ -756,21 +977,42 @@ def draw_curves(run: Run) -> None:
 
 
 def plan(run: Run) -> int:
-    """Says what will be done and what it takes; returns the bytes of disk."""
+    """Says what will be done and what it takes; returns the bytes of disk. Refuses rows that the
+    model cannot read."""
     config, world, dropped = run.config, dist.get_world_size(), run.state["logs"]["dropped.jsonl"]
     say(f"{len(run.rows)} pairs to train on, {len(run.heldout)} held out, {len(dropped)} dropped")
     for reason, count in Counter(line["reason"] for line in dropped).items():
         say(f"    {count} dropped: {reason}")
     require(run.rows, "no pair is left to train on: --help shows the forms of a pair")
+    for name, part in (("prompts", slice(1, 2)), ("pairs", slice(1, 4))):
+        known = {repr(row[part]) for row in run.rows}
+        count = sum(repr(row[part]) in known for row in run.heldout)
+        if count:
+            say(f"    {count} of the held-out {name} are among those to train on")
+    size, lm = min(config.batch, len(run.rows)), run.scorer.lm
     steps = math.ceil(len(run.rows) / config.batch) * config.epochs
     tokens = sum(len(ids) for row in run.rows for ids in row[1:4]) * config.epochs
-    say(f"{config.rounds} rounds: {len(run.rows)} samples, then {steps} steps of {config.batch} "
-        f"pairs; {tokens:,} tokens each and the samples', on {world} processes")  # fmt: skip
+    say(f"{config.rounds} rounds: {len(run.rows)} samples, then {steps} steps of {size} pairs; "
+        f"{tokens:,} tokens a round, and the samples'; processes: {world}")  # fmt: skip
+    if steps < 20:
+        say(f"    {steps} steps a round teach little: lower --batch, or raise --epochs or --lr")
+    if len(run.heldout) > len(run.rows) / 4:
+        say("    more than a fifth of the pairs is held out: lower --heldout")
+    room, known = least(lm, "max_position_embeddings"), len(lm.get_input_embeddings().weight)
+    for row in run.rows + run.heldout:
+        need, token = len(row.prompt) + max(1, *map(len, row[2:4])), max(map(max, row[1:4]))
+        told = f"row {row.number} takes {need} positions and the model has {room}: "
+        require(need <= room, told + "lower --max_prompt or --max_response")
+        told = f"row {row.number} has the token {token} {run.tokenizer.decode([token])!r} and the "
+        require(token < known, told + f"model {known} rows: take the tokenizer that came with it")
     weights = sum(weight.numel() for weight in run.scorer.parameters())
-    held = weights * (16 if config.optimizer == "adamw" else 8)  # fp32: see the top
-    say(f"{weights / 1e9:.4f}e9 parameters: {held / world / 1e9:.2f} GB a process with gradients "
-        f"and {config.optimizer}, {weights / 5e8:.2f} GB more where a GPU plays")  # fmt: skip
-    return 2 * held + config.rounds * 4 * weights
+    state, training = (12, 16) if config.optimizer == "adamw" else (4, 8)  # bytes: see the top
+    state, folders = (
+        (state + 4, config.rounds + 2) if config.average else (state, config.rounds + 1)
+    )
+    say(f"{weights:,} parameters: {training * weights / world / 1e9:.3g} GB a process with their "
+        f"gradients and {config.optimizer}, {weights / 5e8:.3g} to play in bf16")  # fmt: skip
+    return (2 * state + folders * (2 if config.bf16 else 4)) * weights
 
 
 # -------------------------------------------------------- the story
@@ -782,46 +1024,53 @@ def main(config: Config) -> None:
     say(f"preset {config.preset} (tiny: a world of ours, mistral-7b: your model, pairs), in {out}")
     free = config.dry_run or dist.get_rank() > 0 or lock(out / "lock")
     require(all(gather(free)), f"{out} is in use by another run: let it end, or use a new --out")
+    page, held = out / "state" / "page", None
+    if page.exists() or (out / "log.jsonl").exists():
+        held = require(unseal(page), f"{page} {DAMAGED}")
+    began = gather(held["began"] if held else datetime.now().isoformat())[0]
 
     # Where self-play starts, and what it learns from.
+    lm = tokenizer = problem = None
     try:
         lm, tokenizer = load_model(config)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except Exception as error:  # of many libraries
         wanted = "a folder with weights, config.json, tokenizer, as OUT/round-1, or a hub name"
-        raise SystemExit(f"cannot read --model {config.model} ({wanted}): {error}") from None
+        problem = f"cannot read --model {config.model} ({wanted}): {error}"
+    problem = next(filter(None, gather(problem)), None)  # rank 0 alone reads the weights
+    require(not problem, problem)
     end = lm.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
     require(tokenizer.eos_token_id in stops, "the tokenizer has no end-of-sequence token")
-    rows, dropped = load_rows(config.data, tokenizer, stops, config)
+    now = datetime.fromisoformat(began).strftime  # what a template may print stays the first day's
+    rows, dropped = load_rows(config.data, tokenizer, stops, config, now)
     if config.heldout_data:
-        heldout, more = load_rows(config.heldout_data, tokenizer, stops, config)
+        heldout, more = load_rows(config.heldout_data, tokenizer, stops, config, now)
         dropped += more
     else:
-        draw, count = random.Random(config.seed), min(config.heldout, len(rows) // 2)
-        heldout = sorted(draw.sample(rows, count))
-        rows = [row for row in rows if row not in heldout]
+        wish = min(500, len(rows) // 10) if config.heldout < 0 else config.heldout
+        heldout = sorted(random.Random(config.seed).sample(rows, min(wish, len(rows) // 2)))
+        out_of_training = {row.number for row in heldout}
+        rows = [row for row in rows if row.number not in out_of_training]
     rows = rows[: config.rows or None]
-    state = dict(round=0, step=0, saves=0, pi_t="", largest=0.0, seconds={}, peak_bytes={})
+    state = dict(round=0, step=0, saves=0, pi_t="", largest=0.0, noise=0.0, began=began, first={})
     state["logs"] = {"log.jsonl": [], "samples.jsonl": [], "dropped.jsonl": dropped}
+    state |= {"seconds": {}, "peak_bytes": {}}
     run = Run(config, out, Scorer(lm), tokenizer, stops, rows, heldout, state)
     need = plan(run)
     if config.dry_run:
         return
 
     # A new run, or the same one further on.
-    shard(run.scorer, device)
+    shard(run.scorer, device, config)
     state["pi_t"] = run.scorer.sha256()
-    saved = run.open_folder(need)
+    saved = run.open_folder(held, need)
     check_model(run)
-    if device.type == "cuda":  # each layer is computed again in the backward pass
-        lm.activation_checkpointing_enable({"use_reentrant": False})
     run.charge("load")
 
     while state["round"] <= config.rounds:
         played = play(run, rows, f"round-{state['round']}") if state["round"] else rows
         train(run, played, saved)
-        if state["round"] or config.sft_epochs:
-            run.save_round()
+        run.save_model(f"round-{state['round']}")
         state |= {"step": 0, "pi_t": run.scorer.sha256()}
         evaluate(run)
         if state["round"] and dist.get_rank() == 0:

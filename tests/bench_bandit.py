@@ -125,7 +125,7 @@ def critic_speed(repetitions: int) -> dict:
             gaps["batched"].append(critic.gap)
 
     def scipys():
-        rival = ScipyCritic(critic.wins.numpy()[problems], worlds.R)
+        rival = ScipyCritic(critic.wins.view(-1, 5, 5).numpy()[problems], worlds.R)
         gaps["scipy"] = []
         for v in vs:
             rival(v)

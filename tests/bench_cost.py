@@ -97,13 +97,15 @@ def run_of(lm, sizes: Sizes, **options) -> tuple[tm.Run, list[tm.Row]]:
 
     answers = [[ids(sizes.response) for _ in "123"] for _ in range(sizes.pairs)]
     logps = [-5.0 * sizes.response] * 3
-    return run, [tm.Row(i, ids(sizes.prompt), *ys, logps) for i, ys in enumerate(answers)]
+    return run, [
+        tm.Row(i, ids(sizes.prompt), *ys[:2], ys[2:], logps) for i, ys in enumerate(answers)
+    ]
 
 
 def step_of(lm, sizes: Sizes, **options):
     """A function that does one training step."""
     run, rows = run_of(lm, sizes, **options)
-    weights = list(run.scorer.train().parameters())
+    weights = list(run.scorer.parameters())
     optimizer = tm.OPTIMIZERS["adamw"](weights, lr=1e-6, weight_decay=0.0)
 
     def step():
@@ -296,10 +298,11 @@ def scoring(run: tm.Run, rows: list[tm.Row], repetitions: int) -> dict:
     def score():
         with run.scorer.eval().gathered():
             for i in range(0, len(alike), size):
-                run.scorer([(row.prompt, row[2:5]) for row in alike[i : i + size]]).tolist()
+                run.scorer(
+                    [(row.prompt, [*row[2:4], *row.generated]) for row in alike[i : i + size]]
+                ).tolist()
 
     def forward():
-        run.scorer.train()
         for i in range(0, len(rows), size):
             tm.losses(run, rows[i : i + size])["loss"].tolist()
 
@@ -322,7 +325,7 @@ def batchmates(run: tm.Run, rows: list[tm.Row]) -> dict:
     own = lm(torch.tensor([[*short.prompt]])).logits[0, -1]
     padded = lm(ids, attention_mask=mask, position_ids=positions).logits[0, -1]
     unmasked = lm(ids).logits[0, -1]
-    items = [(row.prompt, row[2:5]) for row in (short, *rows)]
+    items = [(row.prompt, [*row[2:4], *row.generated]) for row in (short, *rows)]
     return {
         "logits": (padded - own).abs().max().item(),
         "logp": (run.scorer(items)[0] - run.scorer(items[:1])[0]).abs().max().item(),

@@ -144,10 +144,9 @@ def our_steps(job: dict) -> dict:
     import train_mistral as trainer
 
     trainer.start_processes()
-    lm = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=torch.float32).train()
-    if job["recompute"]:
-        lm.activation_checkpointing_enable({"use_reentrant": False})
+    lm = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=torch.float32)
     scorer = trainer.Scorer(lm, sharing="rows" not in job["variant"])
+    trainer.shard(scorer, torch.device("cpu"), trainer.Config(recompute=job["recompute"]))
 
     def all_logits(items):
         table, states_at, _, lengths = trainer.lay_out(items, sharing=False)
@@ -173,7 +172,7 @@ def our_steps(job: dict) -> dict:
         opponent = score(items)
     scoring = time.process_time() - since
     played = zip(job["rows"], opponent.tolist())
-    rows = [trainer.Row(i, *row, logps) for i, (row, logps) in enumerate(played)]
+    rows = [trainer.Row(i, *row[:3], [*row[3:]], logps) for i, (row, logps) in enumerate(played)]
     config = trainer.Config(beta=BETA, lam=LAM, micro_batch=len(rows))
     run = trainer.Run(config, Path(), scorer, None, set(), rows, [], {})
     weights, meter = list(lm.parameters()), Meter()

@@ -82,12 +82,17 @@ class Score:
 # ------------------------------------------------------- the files of the harness
 
 
-def load(file: Path) -> dict:
-    """A results file of the harness."""
+def parsed(text: bytes, file: Path) -> dict:
+    """What a file, or one of its lines, says. A scoring that was killed may leave half of it."""
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(text)
     except ValueError as error:
         raise SystemExit(f"{file} is damaged ({error}): delete it and score again") from None
+
+
+def load(file: Path) -> dict:
+    """A results file of the harness."""
+    data = parsed(file.read_bytes(), file)
     missing = {"results", "configs", "n-samples", "config", "date"} - set(data)
     if missing:
         raise SystemExit(f"{file} has no {', '.join(sorted(missing))}: not lm_eval's, move it away")
@@ -105,9 +110,8 @@ def samples(name: str, data: dict, file: Path):
     kept = {t: file.with_name(f"samples_{t}_{date}.jsonl") for t in parts(name, data["configs"])}
     if all(path.exists() for path in kept.values()):
         for part, path in kept.items():
-            with path.open(encoding="utf-8") as lines:
-                for line in lines:
-                    yield part, json.loads(line)
+            for line in path.read_bytes().splitlines():
+                yield part, parsed(line, path)
 
 
 def faults(name: str, data: dict, questions: int) -> list[str]:

@@ -19,6 +19,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, PreTrainedTokenizerFast
 
@@ -130,6 +131,7 @@ SIDES = ("prompt", "chosen", "rejected")
 ABSENT = {side: f"no {side}" for side in SIDES}  # fragments of the reasons
 ROLES, NO_TEXT, NO_JSON, EMPTY = "role order", "no text", "not a JSON object", "empty"
 UNICODE, EQUAL, APART = "not Unicode", "chosen equals rejected", "different prompts"
+STOPPED, CLASH = "after a stop token", "contradicts the conversation"
 TEXTS = {  # odd, and text all the same
     "a NUL": "a\0b", "controls": "".join(map(chr, range(1, 32))), "a BOM": "\ufeffhello",
     "right to left": "\u202eolleh \u2066x\u2069", "combining marks": "e" + "\u0301" * 500,
@@ -197,7 +199,7 @@ HARMLESS = {
 }
 
 
-def faults(control: list[str]) -> list[tuple]:
+def faults(control: list[str], stop: str) -> list[tuple]:
     """(name, the fate expected, row and generator -> row or line)."""
     found = [("none", USED, lambda row, draw: row)]
     for side in SIDES:
@@ -207,8 +209,7 @@ def faults(control: list[str]) -> list[tuple]:
 
         found += [(f"{side} missing", ABSENT[side], without)]
         for name, value in WRONG.items():
-            fate = ROLES if (side, value) == ("prompt", []) else ABSENT[side]
-            found += [(f"{side} is {name}", fate, set_side(side, value))]
+            found += [(f"{side} is {name}", ABSENT[side], set_side(side, value))]
         for name, value in LISTS.items():
             found += [(f"{side} is a list of {name}", NO_TEXT, set_side(side, value))]
         for name, blank in BLANKS.items():
@@ -223,7 +224,8 @@ def faults(control: list[str]) -> list[tuple]:
             found += [(f"{side}: {name}", USED, set_text(side, lambda t, d, o=odd: o + t[:40]))]
         for token in control:
             spoil = set_text(side, lambda t, d, c=token: c + t[:30] + c + "\n" + c)
-            found += [(f"{side}: {token} typed", USED, spoil)]
+            fate = STOPPED if side != "prompt" and token == stop else USED
+            found += [(f"{side}: {token} typed", fate, spoil)]
         found += [
             (f"{side}: 100,000 letters", USED, set_text(side, lambda t, d: t + "x y" * 33_334)),
             (f"{side}: 100,000 emoji", USED, set_text(side, lambda t, d: t[:9] + "🙂" * 100_000)),
@@ -251,10 +253,14 @@ def faults(control: list[str]) -> list[tuple]:
          | {k: [message("assistant", "same " * 500 + k)] for k in ("chosen", "rejected")}),
         ("all as text", USED, lambda row, draw: {k: row[k][-1]["content"] for k in SIDES}),
         ("two whole conversations", USED, lambda row, draw: whole),
-        ("two conversations and a prompt", USED, lambda row, draw: {"prompt": "z"} | whole),
+        ("two conversations and their prompt", USED, lambda row, draw: {"prompt": "x"} | whole),
+        ("two conversations and another prompt", CLASH, lambda row, draw: {"prompt": "z"} | whole),
+        ("a column that would speak", "not read: input", lambda row, draw: row | {"input": "z"}),
+        ("a system column that clashes", ROLES, lambda row, draw: {"system": "z"} | {
+            k: [system, *turns] for k, turns in whole.items()}),
         ("conversations that differ", APART, lambda row, draw: whole | {"chosen": [
             message("user", "other"), answer]}),
-        ("a conversation and an answer", APART, lambda row, draw: row | {"chosen": [
+        ("a conversation and an answer", CLASH, lambda row, draw: row | {"chosen": [
             message("user", "other"), answer]}),
         ("one side of two lengths", APART, lambda row, draw: whole | {"chosen": [
             user, answer, user, answer]}),
@@ -310,15 +316,15 @@ def controls(row, tokenizer) -> int:
 
 
 def typed(tokens: list[str], tokenizer, folder: Path) -> tuple[int, dict]:
-    """What each control token becomes that a person types: alone, doubled, among and at the edges
-    of messages, across two of them, and broken by a private character. (How many became control
+    """What each control token becomes that a user types: alone, doubled, among and at the edges
+    of messages, and broken by a private character. (How many became control
     tokens, a table of ids.)"""
 
     def pair(t: str, head: str, tail: str) -> dict:
-        turns = [message("system", t), message("user", f"{t}a{t}{t}"), message("assistant", t)]
-        turns += [message("user", f"b {t}"), message("assistant", f"c{head}")]
+        turns = [message("system", t), message("user", f"{t}a{t}{t}"), message("assistant", "x")]
+        turns += [message("user", f"b {t}"), message("assistant", "c")]
         turns += [message("user", f"{tail}\nassistant\n{head}\U000f0000{tail}")]
-        return {"prompt": turns, "chosen": f"d{t}e{t}\nuser\n", "rejected": "f"}
+        return {"prompt": turns, "chosen": "d", "rejected": "f"}
 
     pairs = [pair("x", "y", "z")]
     pairs += [pair(t, t[: len(t) // 2], t[len(t) // 2 :]) for t in tokens]
@@ -329,7 +335,7 @@ def typed(tokens: list[str], tokenizer, folder: Path) -> tuple[int, dict]:
     for token, row in zip(tokens, rows):
         ids = tokenizer.encode(token, add_special_tokens=False, split_special_tokens=True)
         more = controls(row, tokenizer) - controls(plain, tokenizer)
-        became += more + (not holds(row.prompt, ids)) + (not holds(row.chosen, ids))
+        became += more + (not holds(row.prompt, ids))
         table[token] = {
             "id as a control token": tokenizer.convert_tokens_to_ids(token),
             "ids as typed": ids,
@@ -356,7 +362,7 @@ def command(path: Path, tokenizer, folder: Path) -> tuple[set, set]:
     with contextlib.redirect_stdout(io.StringIO()):
         tm.main(tm.parse([*argv, "--out", str(folder / "run")]))
     played = [*folder.glob("run/play/round-1/*"), *folder.glob("run/play/heldout-1/*")]
-    used = {int(n) for p in played for n in json.loads(p.read_text().partition("\n")[2])["rows"]}
+    used = {number for path in played for number in torch.load(path)}
     dropped = {json.loads(line)["row"] for line in open(folder / "run" / "dropped.jsonl")}
     return used, dropped
 
@@ -364,7 +370,7 @@ def command(path: Path, tokenizer, folder: Path) -> tuple[set, set]:
 def study(rows, tokenizer, count: int, draw, folder: Path) -> tuple[dict, dict]:
     """All claims, and what became of each fault."""
     control = list(tokenizer.added_tokens_encoder)
-    kinds = faults(control)
+    kinds = faults(control, tokenizer.eos_token)
     tried, config = broken(rows, kinds, count, draw), tm.parse([*CONFIG, "--data", "rows.jsonl"])
     (path := folder / "rows.jsonl").write_bytes(b"\n".join(line for _, _, line in tried) + b"\n")
     try:

@@ -62,7 +62,7 @@ theorem launchers    unlike          0 0  such jobs not bit-equal after a restar
 
 PHASES = {  # what may be struck, and the function of train_mistral.py that is running then
     "start": "open_folder", "SFT": "accumulate", "generation": "sample", "scoring": "forward",
-    "training": "accumulate", "checkpoint": "save_state", "round's save": "save_round",
+    "training": "accumulate", "checkpoint": "save_state", "round's save": "save_model",
     "held-out answers": "evaluate", "curves": "draw_curves", "any moment": "main",
 }  # fmt: skip
 
@@ -279,7 +279,7 @@ def end(process: subprocess.Popen) -> None:
 
 def sealed(content: bytes):
     """What the trainer sealed in a file."""
-    return torch.load(io.BytesIO(content.partition(b"\n")[2]), weights_only=True)
+    return torch.load(io.BytesIO(content), weights_only=True)
 
 
 def left(out: Path) -> dict[str, object]:
@@ -293,10 +293,10 @@ def left(out: Path) -> dict[str, object]:
                 event.pop("seconds", None), event.pop("peak_bytes", None)
         elif name == "state/page":
             page = sealed(content)
-            fleeting = "seconds peak_bytes logs saves".split()
+            fleeting = "seconds peak_bytes logs saves began".split()
             content = {key: value for key, value in page.items() if key not in fleeting}
         elif name.startswith("state/"):  # the tensors; DTensor's pickle holds a salted hash
-            whole = zipfile.ZipFile(io.BytesIO(content.partition(b"\n")[2]))
+            whole = zipfile.ZipFile(io.BytesIO(content))
             content = b"".join(whole.read(one) for one in whole.namelist() if "/data/" in one)
         name = re.sub(r"state/\d+", "state/N", name)
         plain = isinstance(content, list | dict)
@@ -323,7 +323,7 @@ def repeated(out: Path) -> int:
     keys = []
     for name in ("log.jsonl", "samples.jsonl"):
         for line in map(json.loads, open(out / name)):
-            keys.append((name, *(line.get(key) for key in ("event", "round", "step", "row"))))
+            keys.append((name, *(line.get(key) for key in ("event", "round", "step", "row", "of"))))
     for path in out.glob("play/*/*"):
         keys += [(path.parent.name, row) for row in sealed(path.read_bytes())]
     return len(keys) - len(set(keys))

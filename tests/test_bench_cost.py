@@ -25,7 +25,7 @@ def one_process():
 def test_the_formula_counts_what_torch_counts_with_and_without_recomputation(again):
     lm = cost.model_of(32, 48, 2, 50, 4, 2)
     if again:
-        lm.train().activation_checkpointing_enable({"use_reentrant": False})
+        tm.shard(tm.Scorer(lm), torch.device("cpu"), tm.Config(recompute=True))
     theirs = cost.counted(lm, SIZES)
     assert cost.flops(cost.products(lm.config, SIZES, again))["all"] == theirs
     assert cost.flops(cost.products(lm.config, SIZES, not again))["all"] != theirs  # controls
@@ -35,7 +35,9 @@ def test_the_formula_counts_what_torch_counts_with_and_without_recomputation(aga
 def test_what_a_step_must_do_leaves_out_exactly_what_the_mask_hides():
     lm = cost.model_of(32, 48, 2, 50, 4, 2)
     _, rows = cost.run_of(lm, SIZES)
-    table, *_ = tm.lay_out([(row.prompt, row[2:5]) for row in rows], sharing=True)
+    table, *_ = tm.lay_out(
+        [(row.prompt, [*row[2:4], *row.generated]) for row in rows], sharing=True
+    )
     seen = (tm.hide(table[..., 1]) == 0).double().mean().item()
     must, does = (cost.flops(cost.products(lm.config, SIZES, must=must)) for must in (True, False))
     assert must["attention"] / does["attention"] == pytest.approx(seen, rel=1e-12) and seen < 0.5

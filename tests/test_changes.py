@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +32,7 @@ def copy_of_the_code(folder: Path, patch: str | None = None) -> Path:
 
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess:
     settings = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    settings |= {"PYTHONPATH": str(folder)}  # where a test may leave a stand-in
     command = [sys.executable, *words]
     return subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True)
 
@@ -66,7 +68,7 @@ def moved(folder: Path) -> set[str]:
 
 def test_every_patch_has_a_test_below_and_few_lines():
     tests = Path(__file__).read_text()
-    assert len(PATCHES) == 5
+    assert len(PATCHES) == 7
     for path in PATCHES:
         text = path.read_text()
         changed = re.findall(r"^[+-](?!\+\+ |-- )", text, re.M)
@@ -132,6 +134,44 @@ def test_your_own_kind_of_row_is_read_or_counted(tmp_path, plain):
     assert "1 dropped: no answer is better" in said and "1 dropped: answers or scores" in said
     stopped = run(plain, *words)
     assert stopped.returncode and "no pair is left" in stopped.stderr
+
+
+def test_two_samples_stand_beside_each_pair(tmp_path, plain):
+    changed = copy_of_the_code(tmp_path, "two_samples")
+    assert "done: " in output_of(changed, command_of("two_samples"))
+    drawn = {}
+    for folder in (changed, plain):
+        pages = [torch.load(path) for path in (folder / "out/changed/play/round-1").iterdir()]
+        drawn[folder] = [both for page in pages for both in page.values()]
+    assert all(len(ys) == 2 and len(logps) == 4 for ys, logps in drawn[changed])
+    assert any(ys[0] != ys[1] for ys, _ in drawn[changed])
+    assert all(len(ys) == 1 and len(logps) == 3 for ys, logps in drawn[plain])
+
+
+BOARD = """
+import json, sys, types
+class SummaryWriter:
+    def __init__(self, folder): self.folder = folder
+    def __enter__(self): return self
+    def __exit__(self, *_): pass
+    def add_scalar(self, *line):
+        with open("board.jsonl", "a") as file: file.write(json.dumps(line) + "\\n")
+sys.modules["torch.utils.tensorboard"] = types.ModuleType("tensorboard")
+sys.modules["torch.utils.tensorboard"].SummaryWriter = SummaryWriter
+"""
+
+
+def test_a_board_gets_every_number_of_the_log(tmp_path, plain):
+    """Into a stand-in for TensorBoard, which the tests do not install."""
+    changed = copy_of_the_code(tmp_path, "tensorboard")
+    (changed / "sitecustomize.py").write_text(BOARD)
+    output_of(changed, command_of("tensorboard"))
+    log = [json.loads(line) for line in open(changed / "out/changed/log.jsonl")]
+    drawn = {tuple(json.loads(line)) for line in open(changed / "board.jsonl")}
+    assert ("rounds/reward", log[-1]["reward"], 1) in drawn
+    steps = [line for line in log if line["event"] == "step"]
+    assert steps and all(("steps of round 1/loss", e["loss"], e["step"]) in drawn for e in steps)
+    assert not (plain / "board.jsonl").exists()
 
 
 def test_a_frozen_backbone_moves_one_layer(tmp_path, plain):

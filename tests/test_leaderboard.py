@@ -318,6 +318,18 @@ def test_a_damaged_or_foreign_file_is_named(tmp_path):
         lb.read(tmp_path, ALL)
 
 
+def test_answers_that_were_cut_off_are_named(tmp_path):
+    log = {name: [i % 2 for i in range(114)] for name in lb.TASKS}
+    for folder in ("base", "round-1"):
+        six(tmp_path / folder, logged=log)
+    folders = [tmp_path / "base", tmp_path / "round-1"]
+    lb.table(folders, FEW)  # control: whole
+    file = next((tmp_path / "round-1").rglob("samples_gsm8k*"))
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(SystemExit, match="samples_gsm8k.* is damaged .*delete it and score again"):
+        lb.table(folders, FEW)
+
+
 def test_two_models_in_one_folder_are_refused(tmp_path):
     write(tmp_path, REAL)
     write(tmp_path, REAL, stamp="2026-11-25T00-00-00.000000")

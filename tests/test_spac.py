@@ -661,3 +661,131 @@ def test_the_module_needs_torch_and_nothing_else():
     source = Path(spac.__file__).read_text()
     lines = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
     assert lines and all(line.split()[1].split(".")[0] == "torch" for line in lines)
+
+
+# -------------------------------------------------------- the proximal critic
+
+
+def random_wins(rng, X, A):
+    """Counts of the pairs at each prompt in which the second index beat the third, none at one."""
+    wins = rng.poisson(3, (X, A, A)).astype(float)
+    wins[-1, 0] = 0
+    return wins
+
+
+def test_the_proximal_critic_is_dpo_and_supervised_learning_of_both_responses(rng):
+    """Eq. 39 by the loop, value and gradient; of the winner alone (RPO), or of y', it is not."""
+    policy, opponent = random_logps(rng)
+    found = loss_of(policy, opponent, BETA, LAM, spac.proximal_critic)
+    h = BETA * (policy - opponent)
+    preference = np.array([-log_sigmoid(m) for m in h[0] - h[1]])
+    for doubt, equal in ((-(h[0] + h[1]) / 2, True), (-h[0], False), (h[2] - h[0], False)):
+        expected = preference + doubt / LAM, preference, doubt
+        assert np.allclose(found, expected, rtol=1e-12, atol=1e-12) == equal
+    start = loss_of(opponent, opponent, BETA, LAM, spac.proximal_critic)
+    assert np.allclose(start.pop(), 0) and np.allclose(start, math.log(2))
+    leaves = tuple(double(row).requires_grad_() for row in policy)
+    loss = spac.spac_loss(leaves, tuple(double(opponent)), BETA, LAM, spac.proximal_critic)[0]
+    won, lost, own = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
+    assert own is None and torch.allclose(won + lost, torch.full_like(won, -BETA / LAM))
+    linear = spac.spac_loss(leaves, tuple(double(opponent)), BETA, LAM, spac.linear_critic)[0]
+    assert torch.autograd.grad(linear.sum(), leaves)[2].all()  # the control: y' matters there
+
+
+def test_the_proximal_loss_in_policies_is_the_proximal_objective_in_rewards(rng):
+    """Eq. 39: beta E log E_pi_t exp(f / beta) - E_muhat f + lam E(f), for any shift of f; in loops
+    over the pairs. With the linear critic, or beta doubled, the two differ."""
+    wins, pi_t = random_wins(rng, 3, 4), rng.dirichlet(np.ones(4), 3)
+    pi, beta, lam = rng.dirichlet(np.ones(4), 3), 0.4, 2.3
+    f = beta * np.log(pi / pi_t) + rng.normal(size=(3, 1))
+    n, objective, losses = wins.sum(), lam * spac.data_fit(double(f), double(wins)).item(), {}
+    for x, won, lost in np.ndindex(*wins.shape):
+        partition = beta * math.log(pi_t[x] @ np.exp(f[x] / beta))
+        objective += wins[x, won, lost] / n * (partition - (f[x, won] + f[x, lost]) / 2)
+    for name, b in itertools.product(("proximal_critic", "linear_critic"), (beta, 2 * beta)):
+        total = 0.0
+        for x, won, lost in np.ndindex(*wins.shape):
+            rows = [[double([np.log(p[x, y])]) for y in (won, lost, 0)] for p in (pi, pi_t)]
+            loss = spac.spac_loss(*map(tuple, rows), b, lam, getattr(spac, name))[0]
+            total += lam * wins[x, won, lost] / n * loss.item()
+        losses[name, b] = total
+    assert losses.pop(("proximal_critic", beta)) == pytest.approx(objective, rel=1e-10)
+    assert all(abs(other - objective) > 1e-3 for other in losses.values())
+
+
+# -------------------------------------------------------- the certificate
+
+
+def psi_by_pairs(pi, f, wins, lam):
+    """Eq. 2 to 4 of one run, pair by pair."""
+    value, n = 0.0, wins.sum()
+    for x, won, lost in np.ndindex(*wins.shape):
+        relative = pi[x] @ f[x] - (f[x, won] + f[x, lost]) / 2
+        value += wins[x, won, lost] / n * (relative - lam * log_sigmoid(f[x, won] - f[x, lost]))
+    return value
+
+
+def test_the_certificate_adds_up_to_the_gap_whatever_the_policies(rng):
+    """Eq. 36, 37 for random policies and comparators, greedy ones too; any term dropped, it does
+    not, and neither for other policies than the gap is of."""
+    for trial in range(100):
+        T, beta, lam = rng.integers(1, 6), rng.uniform(0.05, 3), rng.uniform(0.1, 20)
+        wins, reward = double(random_wins(rng, 3, 4)), double(rng.uniform(0, 2, (3, 4)))
+        policies = [
+            double(rng.dirichlet(np.full(4, 0.7), 3)).clamp(min=1e-12) for _ in range(T + 1)
+        ]
+        policies = [pi / pi.sum(-1, keepdim=True) for pi in policies]
+        best = double(rng.dirichlet(np.ones(4), 3))
+        if trial % 2:
+            best = double(np.eye(4)[reward.argmax(-1)])
+        prompts, _ = spac.data_policy(wins)
+
+        def value(pi, prompts=prompts, reward=reward):
+            return (prompts * (pi * reward).sum(-1)).sum()
+
+        terms = spac.certificate(policies, beta, best, reward, wins, lam)
+        gap = (value(best) - sum(map(value, policies[:-1])) / T).item()
+        assert list(terms) == ["travel", "steps", "doubt", "inexact"]
+        total, size = sum(terms.values()).item(), max(abs(t.item()) for t in terms.values())
+        assert abs(total - gap) < 1e-12 * (1 + size)
+        assert all(abs(term.item()) > 1e-9 for term in terms.values())
+        others = (value(best) - sum(map(value, policies[1:])) / T).item()
+        assert abs(total - others) > 1e-9
+
+
+def test_each_term_of_the_certificate_equals_its_definition(rng):
+    """Pair by pair and by scipy's relative entropy, in batches; with lam or beta changed, not."""
+    T, beta = 3, 0.7
+    wins, reward = (
+        np.stack([random_wins(rng, 2, 3) for _ in range(4)]),
+        rng.uniform(0, 2, (4, 2, 3)),
+    )
+    policies, best = rng.dirichlet(np.ones(3), (T + 1, 4, 2)), rng.dirichlet(np.ones(3), (4, 2))
+    lam = rng.uniform(1, 5, 4)
+    args = list(double(policies)), beta, double(best), double(reward), double(wins)
+    found = spac.certificate(*args, double(lam))
+    for k in range(4):
+        rho = wins[k].sum((1, 2)) / wins[k].sum()
+
+        def kl(p, q, rho=rho):
+            return rho @ special.rel_entr(p, q).sum(-1)
+
+        pi = policies[:, k]
+        critics = [beta * np.log(pi[t + 1] / pi[t]) for t in range(T)]
+        psi = [
+            [psi_by_pairs(p, f, wins[k], lam[k]) for f in (*critics, reward[k])]
+            for p in (best[k], *pi)
+        ]
+        expected = {
+            "travel": beta / T * (kl(best[k], pi[0]) - kl(best[k], pi[T])),
+            "steps": beta / T * sum(kl(pi[t], pi[t + 1]) for t in range(T)),
+            "doubt": np.mean([psi[0][T] - psi[0][t] for t in range(T)]),
+            "inexact": np.mean([psi[1 + t][t] - psi[1 + t][T] for t in range(T)]),
+        }
+        for name, term in expected.items():
+            assert found[name][k].item() == pytest.approx(term, rel=1e-9, abs=1e-12)
+    other = spac.certificate(*args, double(2 * lam))
+    assert not torch.allclose(other["doubt"], found["doubt"], rtol=1e-3)
+    halved = spac.certificate(args[0], beta / 2, *args[2:], double(lam))
+    assert torch.allclose(2 * halved["steps"], found["steps"])
+    assert not torch.allclose(2 * halved["inexact"], found["inexact"], rtol=1e-3)

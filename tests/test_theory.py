@@ -5,6 +5,8 @@ many label draws as a binomial law of that delta exceeds with probability 1e-6 (
 test has a negative control: with one thing spoilt, the claim must fail.
 """
 
+import contextlib
+import io
 import itertools
 import math
 import re
@@ -172,30 +174,20 @@ def test_concentrability_is_at_most_half_chi_square_with_equality_as_stated(rng)
             best = max(best, t @ t - 2 * fit.cost)
         return best, 2 * (root * w / np.sqrt(2)) @ (root * w / np.sqrt(2))
 
-    def equality(mu, pi, reward, R):
-        w = pi / mu - 1
-        return any(
-            all(
-                min(s * row[r == 0], default=np.inf) >= max(s * row[r == R], default=-np.inf)
-                for row, r in zip(w, reward)
-            )
-            for s in (1, -1)
-        )
-
-    met = {True: 0, False: 0}
+    less = 0
     for k in range(400):
         X, A, R = int(rng.integers(1, 4)), int(rng.integers(2, 6)), 2.0
         mu, pi = rng.dirichlet(np.full(A, 2.0), X), rng.dirichlet(np.ones(A), X)
         reward = rng.choice([0.0, 0.7, R], (X, A), p=[0.4, 0.2, 0.4])
         if k % 3 == 0:
             pi = np.eye(A)[reward.argmax(1)]
-            assert equality(mu, pi, reward, R)
+        if k % 3 == 1:
+            reward = rng.uniform(0.1, 1.9, (X, A))
         C, chi2 = supremum(mu, pi, reward, R)
-        holds = equality(mu, pi, reward, R)
-        met[holds] += 1
         assert C <= chi2 / 2 * (1 + 1e-9)
-        assert (C >= chi2 / 2 * (1 - 1e-9)) == holds
-    assert min(met.values()) > 50  # the control: equality does fail where the condition does
+        assert k % 3 == 2 or C >= chi2 / 2 * (1 - 1e-9)
+        less += C < chi2 / 2 * (1 - 1e-3)
+    assert less > 20  # the control: in some of the other third equality fails
     a = 0.2
     mu, pi = np.full((1, 3), 1 / 3), np.array([[1 / 3 - a, 1 / 3, 1 / 3 + a]])
     C, chi2 = supremum(mu, pi, np.array([[0.0, 2.0, 0.0]]), 2.0)
@@ -303,40 +295,6 @@ def test_hedge_regret_is_bounded_whatever_the_critic_says(rng):
     kl = (pi * (pi / start).log()).sum().item()
     regret = ((pi - start) * f).sum().item()
     assert 0.9 * eta * R * R / 8 + kl / eta < regret <= eta * R * R / 8 + kl / eta
-
-
-def test_the_textbook_route_pays_for_the_policies_met(rng):
-    """Eq. 11, what (D) saves: policies met, the union's cost, and what small tables pay at most."""
-    worlds, wins, F = finite_games(rng, 1, 2, 15)
-    met = [worlds.mu]
-    for t in range(2, 8):  # all policies pi_t that any choice of f_1 .. f_{t-1} leads to
-        met = [spac.mirror_step(pi, f, 0.7) for pi in met for f in F]
-        met = list({tuple(pi.flatten().numpy().round(9)): pi for pi in met}.values())
-        assert len(met) == math.comb(t + 2 - 2, 2 - 1) and (t == 2 or len(met) < 2 ** (t - 1))
-    for T, n in ((30, 29), (100, 50), (1000, 900)):
-        for size in (T**2, T**3):
-            policies = log_comb(T + size - 2, size - 1)
-            assert (T - 1) / 2 * math.log(size) <= policies <= (T - 1) * math.log(size)
-            cost = 2.0 * math.sqrt(2 * (policies + math.log(size / DELTA)) / n)
-            assert cost >= 2.0 * math.sqrt((T - 1) * math.log(size) / n) > 2.0  # R = 2: vacuous
-            assert policies <= (size - 1) * math.log(T)  # cheap for a small class only
-    broken = 0
-    for _ in range(300):
-        worlds = bandit.random_instances(1, rng, X=2, A=4)
-        prompts, muhat = spac.data_policy(bandit.sample_wins(worlds, 30, rng))
-        f = torch.tensor(rng.choice([0.0, 2.0], (1, 2, 4)))
-        pi = bandit.greedy(f * torch.tensor(rng.choice([-1, 1])))
-        joint = prompts.unsqueeze(-1) * muhat - worlds.rho.unsqueeze(-1) * worlds.mu
-        shift = prompts - worlds.rho
-        change = ((shift * (pi * f).sum(-1)).sum() - (joint * f).sum()).abs().item()
-        terms = [2.0 * t.abs().sum().item() / 2 for t in (shift, joint)]
-        assert change <= sum(terms) + 1e-12
-        broken += change > min(terms) + 1e-9
-    assert broken > 20
-
-
-def log_comb(n: int, k: int) -> float:
-    return special.gammaln(n + 1) - special.gammaln(k + 1) - special.gammaln(n - k + 1)
 
 
 # -------------------------------------------------------- the lemma and the constants
@@ -722,7 +680,7 @@ def test_the_critics_certificate_bounds_its_gap(rng):
         pi, lam = random_policies(rng, 1, 2, 4), 3.0
         values = {}
         for tolerance in (1e-9, 1e9):
-            critic = bandit.Critic(wins, lam, 2.0, tolerance)
+            critic = bandit.Critic(wins, lam, 2.0, tolerance=tolerance)
             values[tolerance] = (
                 spac.critic_objective(pi, critic(pi), wins, lam).item(),
                 critic.gap.item(),
@@ -734,16 +692,19 @@ def test_the_critics_certificate_bounds_its_gap(rng):
             value.backward()
             return value.item(), f.grad.flatten().numpy()
 
-        least = optimize.minimize(
-            psi, np.ones(8), jac=True, bounds=[(0, 2)] * 8, method="L-BFGS-B", options=TIGHT
-        ).fun
+        starts, bounds = (np.ones(8), rng.uniform(0, 2, 8)), [(0, 2)] * 8  # one may stop early
+        least = min(
+            optimize.minimize(psi, f, jac=True, bounds=bounds, method=method, options=options).fun
+            for f in starts
+            for method, options in (("L-BFGS-B", TIGHT), ("SLSQP", {"ftol": 1e-15}))
+        )
         for value, gap in values.values():
             assert value - gap - 1e-9 <= least <= value + 1e-9
         assert values[1e9][0] - least > 1e-3
 
 
 def test_sampling_the_opponents_answers_costs_the_stated_term(rng):
-    """Eq. 24: sampled critics, all rounds, w.p. 1 - delta; a twentieth of the term is exceeded."""
+    """Eq. 24, finite F: all rounds, w.p. 1 - delta; a twentieth of the term is exceeded."""
     count, size, n, m, rounds = 300, 10, 20, 2, 5
     worlds, wins, F = finite_games(rng, count, size, n)
     prompts, _ = spac.data_policy(wins)
@@ -981,14 +942,17 @@ def test_dpo_fails_on_a_rare_bad_response_at_every_beta(rng, n, exact):
 # -------------------------------------------------------- further results
 
 
-def test_one_event_serves_all_comparators_and_all_lam(rng):
-    """Eq. 34: the worst of many pi and lam, chosen after the labels; L cut to a tenth fails."""
+@pytest.mark.parametrize("reach", [2.0, 5.0])
+def test_one_event_serves_all_comparators_and_all_lam(rng, reach):
+    """Eq. 34, and 37 with margins up to reach > R = 2: the worst of many pi and lam, chosen after
+    the labels, against every f of the wider box; L cut to a tenth fails."""
     n, draws, gamma = 200, 60, 0.5
     worlds, wins = tabular_trials(rng, n, 4, draws)
     worst, spoilt = torch.zeros(wins.shape[:2]) - 1e9, torch.zeros(wins.shape[:2]) - 1e9
+    wider = worlds._replace(R=reach)  # A with R', and the critic's box
     A, G = [], []
     for world, data in zip(zip(*worlds[:3]), wins[0]):
-        a, g, _ = matrices(bandit.Instance(*world, worlds.R), data)
+        a, g, _ = matrices(bandit.Instance(*world, reach), data)
         A.append(np.linalg.pinv(a, rcond=1e-10))
         G.append(g)
     inverse, G = torch.tensor(np.array(A)), torch.tensor(np.array(G))
@@ -1000,7 +964,7 @@ def test_one_event_serves_all_comparators_and_all_lam(rng):
             v = (prompts.unsqueeze(-1) * (pi - muhat)).flatten(1)
             price = torch.einsum("ij,ijk,ik->i", v, inverse, v)
             lam = scale * math.sqrt(n)
-            value, flat = box_gamma(worlds, wins, pi, lam), price / (4 * (1 - gamma) * lam)
+            value, flat = box_gamma(wider, wins, pi, lam), price / (4 * (1 - gamma) * lam)
             worst = torch.maximum(worst, value - flat - 2 * lam * L / n)
             spoilt = torch.maximum(spoilt, value - flat - 0.2 * lam * L / n)
     assert ((worst > 1e-7).sum(0) <= allowed(draws, DELTA)).all()
@@ -1008,15 +972,18 @@ def test_one_event_serves_all_comparators_and_all_lam(rng):
 
 
 def test_the_last_iterate_is_within_a_logarithm(rng):
-    """Eq. 35: for every data set, with an exact critic; with no term in eta it fails."""
-    count, rounds = 400, 25
+    """Eq. 35: exact critics, and some with gaps up to eps; with no term in eta it fails."""
+    count, rounds, eps = 400, 25, torch.zeros(400).double()
     worlds, wins, F = finite_games(rng, count, 8, 15)
     prompts, _ = spac.data_policy(wins)
     lam, eta = torch.tensor(rng.uniform(0.05, 5, count)), torch.tensor(rng.uniform(0.02, 3, count))
 
     def critic(pi_t):
+        nonlocal eps
         psi = spac.critic_objective(pi_t, F, wins, lam)
-        return F[psi.argmin(0), torch.arange(count)]
+        chosen = torch.where(torch.arange(count) < 200, psi.argmin(0), psi.argsort(0)[1])
+        eps = torch.maximum(eps, psi.gather(0, chosen[None])[0] - psi.amin(0))
+        return F[chosen, torch.arange(count)]
 
     *_, (last, _) = spac.spac_t(worlds.mu, critic, eta[:, None, None], rounds)
     without = 0
@@ -1029,24 +996,667 @@ def test_the_last_iterate_is_within_a_logarithm(rng):
         kl = (prompts * (pi * (pi / worlds.mu).clamp(min=1e-300).log()).sum(-1)).sum(-1)
         gap = (prompts * ((pi - last) * worlds.reward).sum(-1)).sum(-1)
         rest = gap - (psi[0] - psi.amin(0)) - kl / (eta * rounds)
-        assert (rest - eta * 4 / 8 * (2 + math.log(rounds))).max() <= 1e-12
+        logs = (eta * 4 / 8 + eps) * (2 + math.log(rounds))
+        assert (rest - logs).max() <= 1e-12
         pessimistic = [spac.critic_objective(p, F, wins, lam).amin(0) for p in (pi, last)]
         climb = pessimistic[0] - pessimistic[1] - kl / (eta * rounds)
-        assert (climb - eta * 4 / 8 * (2 + math.log(rounds))).max() <= 1e-12
+        assert (climb - logs).max() <= 1e-12
         without += (climb > 1e-6).sum().item()
-    assert without > 5
+    assert without > 5 and eps[:200].max() == 0 and eps[200:].min() > 0
 
 
-def test_the_code_answers_the_exercises():
-    """Each expression of the last section is evaluated; the answers are from paper and pencil."""
+# -------------------------------------------------------- the certificate; the steps people run
+
+
+def kl_of(p: Tensor, q: Tensor, prompts: Tensor) -> Tensor:
+    return (prompts * (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1)).sum(-1)
+
+
+def test_the_regret_of_any_sequence_of_policies_is_a_sum_of_kl(rng):
+    """Eq. 36: term by term, whatever made the policies; with the steps' sign flipped it fails."""
+    worlds = bandit.random_instances(300, rng, X=3, A=4)
+    prompts, _ = spac.data_policy(bandit.sample_wins(worlds, 40, rng))
+    for beta, T in ((0.1, 1), (2.0, 5)):
+        policies = [random_policies(rng, 300, 3, 4).clamp(min=1e-9) for _ in range(T + 1)]
+        policies = [p / p.sum(-1, keepdim=True) for p in policies]
+        critics = [beta * (q / p).log() for p, q in zip(policies, policies[1:])]
+        for p, q, f in zip(policies, policies[1:], critics):  # the actor's step, without error
+            assert torch.allclose(spac.mirror_step(p, f, 1 / beta), q, rtol=1e-9)
+        for pi in (bandit.greedy(worlds.reward), random_policies(rng, 300, 3, 4)):
+            terms = [(prompts * ((pi - p) * f).sum(-1)).sum(-1) for p, f in zip(policies, critics)]
+            steps = sum(kl_of(p, q, prompts) for p, q in zip(policies, policies[1:]))
+            travel = kl_of(pi, policies[0], prompts) - kl_of(pi, policies[-1], prompts)
+            assert torch.allclose(sum(terms), beta * (travel + steps), rtol=1e-9, atol=1e-9)
+            assert not torch.allclose(sum(terms), beta * (travel - steps), rtol=1e-3)
+
+
+def test_the_certificate_is_an_identity_for_any_policies_and_critics(rng):
+    """Eq. 37: both sides, critics read off the policies or drawn at random; eps dropped, it fails.
+
+    The code's terms are the same numbers."""
+    worlds, T, lam, beta = bandit.random_instances(300, rng, X=2, A=4), 4, 3.0, 0.7
+    wins = bandit.sample_wins(worlds, 40, rng)
+    prompts, _ = spac.data_policy(wins)
+    policies = [random_policies(rng, 300, 2, 4) + 0.01 for _ in range(T + 1)]
+    policies = [p / p.sum(-1, keepdim=True) for p in policies]
+    implied = [beta * (q / p).log() for p, q in zip(policies, policies[1:])]
+    for critics in (implied, [torch.tensor(rng.normal(0, 2, (300, 2, 4))) for _ in range(T)]):
+        pi = random_policies(rng, 300, 2, 4)
+
+        def psi(p, f):
+            return spac.critic_objective(p, f, wins, lam)
+
+        def value(p):
+            return (prompts * (p * worlds.reward).sum(-1)).sum(-1)
+
+        steps = list(zip(policies, critics))
+        regret = sum((prompts * ((pi - p) * f).sum(-1)).sum(-1) for p, f in steps) / T
+        labels = sum(psi(pi, worlds.reward) - psi(pi, f) for f in critics) / T
+        eps = sum(psi(p, f) - psi(p, worlds.reward) for p, f in steps) / T
+        gap = value(pi) - sum(value(p) for p in policies[:T]) / T
+        assert torch.allclose(gap, regret + labels + eps, atol=1e-10)
+        assert (gap - regret - labels).abs().max() > 0.1
+        if critics is implied:
+            terms = spac.certificate(policies, beta, pi, worlds.reward, wins, lam)
+            assert torch.allclose(terms["travel"] + terms["steps"], regret, atol=1e-10)
+            assert torch.allclose(terms["doubt"], labels, atol=1e-10)
+            assert torch.allclose(terms["inexact"], eps, atol=1e-10)
+
+
+def one_prompt(wins: Tensor, lam: float, pi: Tensor, **other):
+    """psi(pi, .) at one prompt and its gradient, in numpy: f (A,) -> value, (A,). tau: smoothed,
+    Eq. 38; beta: Phi_t of Eq. 39 in place of psi."""
+    w, p = wins[0].numpy(), pi[0].numpy()
+    muhat, n = (w.sum(0) + w.sum(1)) / (2 * w.sum()), w.sum()
+
+    def objective(f):
+        margins = f[:, None] - f
+        pull = w * sigmoid(-margins) * lam / n
+        value = (w * np.logaddexp(0, -margins)).sum() * lam / n
+        gradient = pull.sum(0) - pull.sum(1)
+        if "tau" in other:
+            u, tau = margins / other["tau"], other["tau"]  # [y', y]
+            pair = np.outer(p, muhat)
+            value += 2 * tau * (pair * np.logaddexp(0, u)).sum()
+            slopes = 2 * pair * sigmoid(u)
+            gradient = gradient + slopes.sum(1) - slopes.sum(0)
+        elif "beta" in other:
+            top = special.logsumexp(np.log(p) + f / other["beta"])
+            value += other["beta"] * top - muhat @ f
+            gradient = gradient + np.exp(np.log(p) + f / other["beta"] - top) - muhat
+        else:
+            value, gradient = value + (p - muhat) @ f, gradient + p - muhat
+        return value, gradient
+
+    return objective
+
+
+def boxed_least(objective, R=2.0) -> tuple[float, Tensor]:
+    """scipy's minimum over [0, R]^4, certified to 1e-5: value, minimiser. Where one method stops
+    early (at beta = .02 exponents are sharp) the next goes on from there."""
+    f = np.full(4, R / 2)
+    for method, options in [
+        ("L-BFGS-B", TIGHT),
+        ("SLSQP", {"ftol": 1e-15}),
+        ("L-BFGS-B", TIGHT),
+    ] * 5:
+        bounds = [(0, R)] * 4
+        found = optimize.minimize(
+            objective, f, jac=True, bounds=bounds, method=method, options=options
+        )
+        f = found.x.clip(0, R) if objective(found.x.clip(0, R))[0] <= objective(f)[0] else f
+        value, slope_there = objective(f)
+        if slope_there @ f - R * np.minimum(slope_there, 0).sum() <= 1e-5:  # as in Eq. 23
+            return value, torch.tensor(f)
+    raise AssertionError("scipy found no minimum")
+
+
+def small_game(rng, A=4, n=30):
+    world = bandit.random_instances(1, rng, X=1, A=A)
+    world = bandit.Instance(*(t[0] for t in world[:3]), world.R)
+    pi_t = torch.tensor(rng.dirichlet(np.ones(A), 1)).clamp(min=1e-3)
+    return world, bandit.sample_wins(world, n, rng), pi_t / pi_t.sum()
+
+
+def test_a_smoothed_critic_is_a_pessimist_up_to_a_term_that_does_not_vanish(rng):
+    """Eq. 38 (ii): psi + 2 tau log 2 + Q exactly; eps within Q(r*) - Q(f_t), not within 0."""
+    R, positive = 2.0, 0
+    for trial in range(200):
+        world, wins, pi_t = small_game(rng, n=300 if trial % 2 else 30)
+        if trial % 2:  # where the policy is the data's, and labels are many, smoothing remains
+            pi_t = 0.9 * spac.data_policy(wins)[1] + 0.1 / 4
+        lam, tau = float(rng.uniform(0.5, 8)), float(rng.choice([0.3, 1.0, 5.0]))
+        muhat = spac.data_policy(wins)[1][0]
+
+        def Q(f, tau=tau, pi_t=pi_t, muhat=muhat):
+            return 2 * tau * pi_t[0] @ torch.cosh((f[:, None] - f) / (2 * tau)).log() @ muhat
+
+        smoothed, f = one_prompt(wins, lam, pi_t, tau=tau), torch.tensor(rng.uniform(0, R, 4))
+        expected = spac.critic_objective(pi_t, f[None], wins, lam) + 2 * tau * math.log(2) + Q(f)
+        assert smoothed(f.numpy())[0] == pytest.approx(expected.item())
+        if tau == 1.0:  # Eq. 31 at lam, times 2 lam, is psi at 2 lam + 2 log 2 + Q
+            pi = spac.mirror_step(pi_t, f[None], 1 / 0.5)
+            loss = practical(pi, pi_t, wins, 0.5, lam, spac.smoothed_critic)
+            doubled = spac.critic_objective(pi_t, f[None], wins, 2 * lam) + 2 * math.log(2) + Q(f)
+            assert 2 * lam * loss.item() == pytest.approx(doubled.item())
+        _, f_t = boxed_least(smoothed)
+        excess = [spac.critic_objective(pi_t, g[None], wins, lam) for g in (f_t, world.reward[0])]
+        eps, room = (excess[0] - excess[1]).item(), (Q(world.reward[0]) - Q(f_t)).item()
+        assert eps <= room + 1e-7
+        assert room <= 2 * tau * math.log(math.cosh(R / (2 * tau))) <= R * R / (4 * tau)
+        positive += eps > 1e-4
+    assert positive > 5  # the control: not a pessimist
+    assert 2 * math.log(math.cosh(1.0)) == pytest.approx(0.87, abs=5e-3)
+
+
+def test_projected_gradient_steps_leave_a_gap_of_order_one_over_k(rng):
+    """Eq. 38 (iii): K steps of 1/B, B = lam/2, from anywhere in the box; steps of 9/B do not."""
+    R, failures = 2.0, 0
+    for _ in range(200):
+        _, wins, pi_t = small_game(rng, n=int(rng.integers(5, 200)))
+        lam, K = float(rng.uniform(0.5, 20)), int(rng.choice([1, 2, 5, 20, 100]))
+        B, psi, start = lam / 2, one_prompt(wins, lam, pi_t), rng.uniform(0, R, 4)
+        least, f_star = boxed_least(psi)
+        room = B * ((start - f_star.numpy()) ** 2).sum() / (2 * K)
+        for step in (1 / B, 9 / B):
+            f = start
+            for _ in range(K):
+                f = (f - step * psi(f)[1]).clip(0, R)
+            if step == 1 / B:
+                assert psi(f)[0] - least <= room + 1e-8
+            else:
+                failures += psi(f)[0] - least > room + 1e-8
+    assert failures > 5
+
+
+def test_without_a_box_the_smoothed_loss_has_no_minimiser(rng):
+    """Eq. 30: it falls for ever as an absent response vanishes, though that one is second best;
+    with the box of Eq. 27 it has a least value."""
+    for _ in range(50):
+        world = bandit.single_prompt([0.5, 0.5, 0.0], [1.0, 0.0, 0.9])
+        wins = bandit.sample_wins(world, 50, rng)
+        pi_t = torch.tensor(rng.dirichlet(np.full(3, 3.0), 1))
+        losses = []
+        for fall in (0.0, 1.0, 5.0, 20.0, 100.0):
+            pi = spac.mirror_step(pi_t, torch.tensor([[0.0, 0.0, -fall]]).double(), 1.0)
+            losses.append(practical(pi, pi_t, wins, 1.0, 2.0, spac.smoothed_critic).item())
+        assert all(a > b for a, b in zip(losses, losses[1:])) and losses[-1] > 0
+        held = spac.mirror_step(pi_t, torch.tensor([[2.0, 2.0, 0.0]]).double(), 1.0)
+        held = practical(held, pi_t, wins, 1.0, 2.0, spac.smoothed_critic).item()
+        assert losses[-1] < held - 1e-3  # what Eq. 27 allows at R = 2 is not the infimum
+
+
+def test_the_proximal_loss_is_the_linear_one_plus_kl_and_needs_no_generated_response(rng):
+    """Eq. 39: lam x the mean loss = Phi_t = psi(pi_t, f) + beta KL(pi_t || pi); half is not."""
+    for _ in range(100):
+        _, wins, pi_t = small_game(rng)
+        beta, lam = float(rng.uniform(0.2, 3)), float(rng.uniform(0.2, 5))
+        f = torch.tensor(rng.uniform(0, 2, 4))
+        pi = spac.mirror_step(pi_t, f[None], 1 / beta)
+        expected = one_prompt(wins, lam, pi_t, beta=beta)(f.numpy())[0]  # Phi_t
+        loss = practical(pi, pi_t, wins, beta, lam, spac.proximal_critic).item()
+        assert lam * loss == pytest.approx(expected)
+        divergence = (pi_t * (pi_t / pi).log()).sum().item()
+        psi = spac.critic_objective(pi_t, f[None], wins, lam).item()
+        assert psi + beta * divergence == pytest.approx(expected)
+        assert psi + beta * divergence / 2 != pytest.approx(expected, rel=1e-6)
+        h = (pi / pi_t).log()[0]
+        twice = [spac.proximal_critic(h[:1], h[1:2], y, beta) for y in (h[2:3], h[3:4])]
+        assert twice[0] == twice[1] and (-h).min() >= pi_t.log().min()  # bounded below, no box
+
+
+def test_proximal_steps_never_lower_psi_and_their_last_policy_is_good(rng):
+    """Eq. 6, 40: f_t answers pi_t+1; Psi rises by beta times both KL; the bound on the last policy.
+
+    The control: SPAC-T's step, which answers the old policy, lowers Psi at times."""
+    prompts, T, fell = torch.ones(1).double(), 3, 0
+    for _ in range(150):
+        world, wins, pi = small_game(rng)
+        lam, beta = float(rng.uniform(0.5, 8)), float(rng.choice([0.02, 0.2, 2.0, 20.0]))
+
+        def answer(policy, wins=wins, lam=lam):  # Psi, and the critic that attains it
+            return boxed_least(one_prompt(wins, lam, policy))
+
+        start, values = pi, [answer(pi)[0]]
+        for _ in range(T):
+            f_t = boxed_least(one_prompt(wins, lam, pi, beta=beta))[1]
+            new = spac.mirror_step(pi, f_t[None], 1 / beta)
+            values.append(answer(new)[0])
+            assert one_prompt(wins, lam, new)(f_t.numpy())[0] <= values[-1] + 2e-5
+            rise = beta * (kl_of(pi, new, prompts) + kl_of(new, pi, prompts)).item()
+            assert values[-1] >= values[-2] + rise - 2e-5
+            late = spac.mirror_step(pi, answer(pi)[1][None], 1 / beta).clamp(min=1e-12)
+            fell += answer(late)[0] < values[-2] - 1e-3
+            pi = new.clamp(min=1e-300)
+        for comparator in (bandit.greedy(world.reward), random_policies(rng, 1, 4)):
+            pessimistic = answer(comparator)[0]
+            gamma = spac.critic_objective(comparator, world.reward, wins, lam).item() - pessimistic
+            way = beta * kl_of(comparator, start, prompts).item() / T
+            gap = ((comparator - pi) * world.reward).sum().item()
+            assert gap <= gamma + way + 2e-5
+            assert pessimistic - values[-1] <= way + 2e-5
+    assert fell > 20
+
+
+# -------------------------------------------------------- classes: linear, with a cover, or wrong
+
+
+def linear_world(rng, X: int, n: int, d=3):
+    """n pairs, about n/X a prompt, features on the simplex: f = phi theta is in [0, R]^(X x A)."""
+    phi, theta = rng.dirichlet(np.full(d, 0.5), (X, 4)), rng.uniform(0.2, 1.8, d)
+    reward, mu = phi @ theta, rng.dirichlet(np.full(4, 2.0), X)
+    x = rng.permutation(np.resize(np.arange(X), n))
+    first, second = (np.array([rng.choice(4, p=mu[k]) for k in x]) for _ in range(2))
+    Z = phi[x, first] - phi[x, second]
+    rhohat = np.bincount(x, minlength=X) / n
+    muhat = np.zeros((X, 4))
+    np.add.at(muhat, (x, first), 0.5)
+    np.add.at(muhat, (x, second), 0.5)
+    return phi, theta, reward, Z, rhohat, muhat / n / np.maximum(rhohat, 1e-9)[:, None]
+
+
+def linear_gamma(v, Z, signs, theta, lam, R=2.0) -> float:
+    """max over Theta = [0, R]^d of psi(pi, r*) - psi(pi, f), by scipy."""
+
+    def gain(t):
+        margins = signs * (Z @ t)
+        fit = np.logaddexp(0, -margins).mean()
+        return v @ t + lam * fit, v - lam * (signs * sigmoid(-margins)) @ Z / len(Z)
+
+    bounds = [(0, R)] * len(v)
+    found = optimize.minimize(
+        gain, theta, jac=True, bounds=bounds, method="L-BFGS-B", options=TIGHT
+    )
+    return gain(theta)[0] - found.fun
+
+
+def test_a_linear_class_pays_for_its_features_and_not_for_the_prompts(rng):
+    """Eq. 41: one pair a prompt, over fresh labels, at two lam; L cut to a tenth fails. Coverage
+    with shared features is no more than the tables', which is often infinite."""
+    draws, n, R = 60, 60, 2.0
+    kappa, spoilt, infinite = bandit.slope_at(R), 0, 0
+    for trial in range(8):
+        X = n if trial % 2 else 10
+        phi, theta, reward, Z, rhohat, muhat = linear_world(rng, X, n)
+        a = Z @ theta
+        c = bandit.curvature(torch.tensor(a), R).numpy()
+        G, A = Z.T @ Z / n, (Z * c[:, None]).T @ Z / n
+        v = np.einsum("x,xa,xad->d", rhohat, np.eye(4)[reward.argmax(1)] - muhat, phi)
+        inverse, d = np.linalg.pinv(A, rcond=1e-10), np.linalg.matrix_rank(G)
+        price = v @ inverse @ v
+        L = np.linalg.slogdet(np.eye(3) + inverse @ G / 16)[1] / 2 + math.log(1 / DELTA)
+        simple = d / 2 * math.log(1 + 1 / (4 * kappa)) + math.log(1 / DELTA)
+        coverage = v @ np.linalg.pinv(G, rcond=1e-10) @ v
+        assert d == 2  # features on the simplex: their differences sum to 0
+        assert L <= simple and price <= 4 / kappa * coverage
+        signs = np.where(rng.uniform(size=(draws, n)) < sigmoid(a), 1, -1)
+        for scale in (1, 20):
+            lam = scale * math.sqrt(price * n / (8 * L))
+            gammas = np.array([linear_gamma(v, Z, s, theta, lam) for s in signs])
+            bound = price / (4 * lam) + 2 * lam * L / n
+            assert (gammas > bound).sum() <= allowed(draws, DELTA)
+            if scale == 1:
+                assert bound == pytest.approx(math.sqrt(2 * price * L / n))
+                assert bound <= math.sqrt(8 * coverage * simple / (kappa * n))
+            else:
+                spoilt += (gammas > price / (4 * lam) + 0.2 * lam * L / n).sum()
+    assert spoilt > allowed(draws * 8, DELTA)
+    for _ in range(100):  # tables: explicit vectors z_i
+        world = bandit.random_instances(1, rng, X=3, A=4)
+        world = bandit.Instance(*(t[0] for t in world[:3]), world.R)
+        wins, phi = bandit.sample_wins(world, 15, rng), rng.normal(size=(12, 3))
+        G = matrices(world, wins)[1]
+        v = comparator_vector(world, wins, bandit.greedy(world.reward))
+        if not np.allclose(G @ np.linalg.pinv(G, rcond=1e-10) @ v, v, atol=1e-9):
+            infinite += 1
+            continue
+        shared = phi.T @ v @ np.linalg.pinv(phi.T @ G @ phi, rcond=1e-10) @ (phi.T @ v)
+        assert shared <= v @ np.linalg.pinv(G, rcond=1e-10) @ v * (1 + 1e-9)
+    assert 5 < infinite < 95
+
+
+def test_nothing_is_proven_about_free_text_with_tables(rng):
+    """Eq. 19: one pair a prompt has C^ = 1/4 and d = n, and the bound exceeds R at every n; with
+    two responses met ten times each it does not."""
+    for n in (2, 5, 20):
+        z = np.zeros((n, 2 * n))
+        z[np.arange(n), 2 * np.arange(n)], z[np.arange(n), 2 * np.arange(n) + 1] = 1, -1
+        picks = rng.choice([-1, 1], n)
+        v, G = picks @ z / (2 * n), z.T @ z / n
+        assert v @ np.linalg.pinv(G, rcond=1e-10) @ v == pytest.approx(0.25)
+        assert np.linalg.matrix_rank(G) == n
+    floors = []
+    for R in (0.5, 1.0, 2.0, 4.0):
+        kappa = bandit.slope_at(R)
+        for n in (1, 100, 10**8):
+            simple = n / 2 * math.log(1 + 1 / (4 * kappa)) + math.log(1 / DELTA)
+            assert math.sqrt(8 * 0.25 * simple / (kappa * n)) > math.sqrt(
+                math.log(1 + 1 / (4 * kappa)) / kappa
+            )
+        floors.append(math.sqrt(math.log(1 + 1 / (4 * kappa)) / kappa))
+        assert floors[-1] > R
+        one = 0.5 * math.log(1 + 1 / (4 * kappa)) + math.log(1 / DELTA)
+        assert math.sqrt(8 * 0.25 * one / (kappa * 10**4)) < R  # the control: one prompt, n pairs
+    assert floors == [pytest.approx(f, abs=5e-3) for f in (1.76, 2.04, 3.41, 12.41)]
+
+
+def test_a_cover_rounds_the_class_and_keeps_the_truth(rng):
+    """Eq. 42: a one-parameter network, over fresh labels; Phi moves by at most 1; without the
+    complexity, and with a cover ten times as coarse, it fails."""
+    n, draws, R, moved, spoilt, runs = 40, 60, 2.0, 0, 0, 0
+    dense = np.linspace(-4, 4, 4001)
+    for _ in range(6):
+        phi = rng.normal(size=6)
+        family = R * sigmoid(dense[:, None] * phi)  # f = R sigmoid(theta phi)
+        truth = R * sigmoid(rng.uniform(-3, 3) * phi)
+        first, second = rng.integers(6, size=(2, n))
+        a, b = truth[first] - truth[second], family[:, first] - family[:, second]
+        kept, centre = [], np.zeros(len(dense), int)  # a greedy cover along the curve
+        for k in range(len(dense)):
+            if not kept or np.abs(b[k] - b[kept[-1]]).max() > 2 / n:
+                kept.append(k)
+            centre[k] = kept[-1]
+        complexity = 1 + math.log(len(kept) / DELTA)
+        pi = rng.dirichlet(np.full(6, 0.3))
+        muhat = np.bincount(np.concatenate([first, second]), minlength=6) / (2 * n)
+        lead = (family - truth) @ (pi - muhat)
+        mean_D = divergence(a, b).mean(1)
+        c_h = np.max(np.where(lead**2 > 1e-18, lead**2 / np.maximum(mean_D, 1e-300), 0))
+        signs = np.where(rng.uniform(size=(draws, n)) < sigmoid(a), 1, -1)
+
+        def phi_at(b_mid, s, a=a):
+            return np.log(sigmoid(s * b_mid) / sigmoid(s * a)).sum(-1)
+
+        for s in signs[:10]:
+            midpoints = (b + a) / 2
+            change = phi_at(midpoints, s) - phi_at(midpoints[centre], s)
+            assert change.max() <= 1
+            moved = max(moved, np.abs(phi_at(midpoints, s) - phi_at(midpoints[2000], s)).max())
+        for lam in (math.sqrt(n), 20 * math.sqrt(n)):
+            fits = np.array([np.log(sigmoid(s * a)).mean() for s in signs])
+            gains = np.array([np.log(sigmoid(s * b)).mean(1) for s in signs]) - fits[:, None]
+            gamma = np.maximum(0, (-lead + lam * gains).max(1))
+            bound = c_h / (4 * lam) + 2 * lam * complexity / n
+            assert (gamma > bound).sum() <= allowed(draws, DELTA)
+            spoilt += (gamma > c_h / (4 * lam)).sum()
+            runs += draws
+    assert moved > 1 and spoilt > allowed(runs, DELTA)
+
+
+def test_a_wrong_class_costs_its_distance(rng):
+    """Eq. 43: the likelihood step exactly, the core with osc, and the bound over fresh labels."""
+    kappa = bandit.slope_at(2.0)
+    a, wrong, b = rng.uniform(-2, 2, (3, 20_000))
+    overlap = sum(
+        sigmoid(s * a) * np.sqrt(sigmoid(s * b) / sigmoid(s * wrong)) for s in (1.0, -1.0)
+    )
+    room = np.abs(b - wrong) * np.abs(a - wrong) / (32 * kappa)
+    assert np.all(np.log(overlap) <= -divergence(wrong, b) / 2 + room + 1e-12)
+    assert np.any(np.log(overlap) > -divergence(wrong, b) / 2 + 1e-3)  # the control
+    worst = -divergence(wrong, b) / 4 + room - (a - wrong) ** 2 / (256 * kappa**3)
+    assert worst.max() <= 1e-12
+
+    count, size, n, draws, delta = 30, 10, 40, 60, 0.2
+    worlds, wins, F = finite_games(rng, count, size, n)
+    F[0] = (worlds.reward + torch.tensor(rng.uniform(-0.3, 0.3, F[0].shape))).clamp(0, 2)
+    wins = relabel(wins, worlds.reward, rng, draws)
+    prompts, _ = spac.data_policy(wins)
+    pairs, logit = wins + wins.mT, differences(F[0])
+    omega2 = ((logit - differences(worlds.reward)) ** 2 * pairs).sum((-3, -2, -1)) / (2 * n)
+    error = worlds.reward - F[0]
+    osc = (prompts * (error.amax(-1) - error.amin(-1))).sum(-1)
+    D = torch.tensor(divergence(logit.numpy(), differences(F).unsqueeze(1).numpy()))
+    mean_D = (D * pairs).sum((-3, -2, -1)) / (2 * n)
+    pi, needed = bandit.greedy(worlds.reward), 0
+    lead = spac.relative_value(pi, F.unsqueeze(1) - F[0], wins) ** 2
+    c_h = torch.where(lead > 0, lead / mean_D, 0.0).amax(0)
+    for lam in (2.0, 50.0):
+        psi = spac.critic_objective(pi, F.unsqueeze(1), wins, lam)
+        gamma = psi[0] - psi.amin(0)
+        bound = c_h / (2 * lam) + 2 * lam * math.log(size / delta) / n
+        bound = bound + lam * omega2 / (128 * kappa**3)
+        assert ((gamma > bound + 1e-12).sum(0) <= allowed(draws, delta)).all()
+        spoilt = (gamma > c_h / (2 * lam)).double().mean()
+        regret, policies, critic = 0.0, [], spac.FiniteCritic
+        for label in range(2):  # the core, for a run of SPAC-T on one data set of each world
+            data, regret, policies = wins[label], 0.0, []
+            for k in range(count):
+                members = critic(F[:, k], data[k], lam)
+                run = list(spac.spac_t(worlds.mu[k], members, 0.5, 10))
+                policies.append(spac.mixture(p for p, _ in run))
+                share = prompts[label, k]
+                regret = sum((share * ((pi[k] - p) * f).sum(-1)).sum() for p, f in run) / 10
+                gap = (share * ((pi[k] - policies[-1]) * worlds.reward[k]).sum(-1)).sum()
+                rest = gap - regret - gamma[label, k]
+                assert rest <= osc[label, k] + 1e-12
+                needed += rest > 1e-6
+    assert spoilt > 0.3 and needed > 0
+
+
+def test_the_hedging_world_has_bounded_coverage_though_its_evidence_is_rare(rng):
+    """Eq. 41, 47: at n = 1e4 and 1e6 the features' C^ is about 10 at most and Eq. 19's bound falls
+    tenfold; of each u_k alone nothing can be said: the policy that uses it at + only has C^ ~ n."""
+    bounds = []
+    for n in (10_000, 1_000_000):
+        world = bandit.hedge(n)
+        phi = world.features.numpy()
+        wins = bandit.sample_wins(world, n, rng)
+        while not bandit.theorem(world, wins, 1).bound.isfinite():  # a u_k not met at all, 7 %
+            wins = bandit.sample_wins(world, n, rng)
+        z = (phi[:, :, None] - phi[:, None, :]).reshape(-1, phi.shape[-1])
+        G = (z * wins.numpy().reshape(-1, 1)).T @ z / n
+        prompts, muhat = (t.numpy() for t in spac.data_policy(wins))
+        best = bandit.greedy(world.reward).numpy()
+        one_sided = best.copy()
+        one_sided[1::4] = [0, 1, 0]  # mediocre at (k, -)
+        values = []
+        for pi in (best, one_sided):
+            v = np.einsum("x,xa,xad->d", prompts, pi - muhat, phi)
+            inverse = np.linalg.pinv(G, rcond=1e-12)
+            assert np.allclose(G @ inverse @ v, v, atol=1e-9)
+            values.append(v @ inverse @ v)
+        assert values[0] < 12 and values[1] > n / 2000
+        d, kappa = np.linalg.matrix_rank(G), bandit.slope_at(2.0)
+        simple = d / 2 * math.log(1 + 1 / (4 * kappa)) + math.log(1 / DELTA)
+        bounds.append(math.sqrt(8 * values[0] * simple / (kappa * n)))
+    assert bounds[1] < bounds[0] / 5 and bounds[1] < 0.1
+
+
+# -------------------------------------------------------- others, the floor, and lambda
+
+
+def test_pessimistic_likelihood_with_one_bar_a_policy_has_the_same_bound(rng):
+    """Eq. 46: over fresh labels, its bar holds for all policies at once and its regret is within
+    2 w sqrt(C^); a bar a tenth as wide does not hold."""
+    n, draws, gamma = 200, 60, 0.5
+    worlds, wins = tabular_trials(rng, n, 4, draws)
+    kappa = bandit.slope_at(worlds.R)
+    late, narrow = torch.zeros(wins.shape[:2]) - 1e9, torch.zeros(wins.shape[:2]) - 1e9
+    likeliest = bandit.Critic(wins, float(n), worlds.R, tolerance=1e-9)(
+        spac.data_policy(wins)[1]
+    )  # no doubt: v = 0
+    for k in range(wins.shape[1]):
+        world = bandit.Instance(*(t[k] for t in worlds[:3]), worlds.R)
+        G = matrices(world, wins[0, k])[1]
+        inverse, d = np.linalg.pinv(G, rcond=1e-10), np.linalg.matrix_rank(G)
+        complexity = d / 2 * math.log(1 + 1 / (4 * gamma * kappa)) + math.log(1 / DELTA)
+        w = math.sqrt(8 * complexity / ((1 - gamma) * kappa * n))
+        policies = torch.cat([random_policies(rng, 200, 2, 4), bandit.greedy(world.reward)[None]])
+        v = np.array([comparator_vector(world, wins[0, k], pi) for pi in policies])
+        reached = np.abs(v @ inverse @ G - v).max(1) < 1e-9
+        v, bar = v[reached], np.sqrt(np.einsum("pi,ij,pj->p", v, inverse, v)[reached])
+        value = v @ world.reward.flatten().numpy()
+        for draw in range(draws):
+            estimate = v @ likeliest[draw, k].flatten().numpy()
+            excess = np.abs(estimate - value)
+            chosen = (estimate - w * bar).argmax()
+            assert len(v) > 1
+            late[draw, k] = (value - value[chosen] - 2 * w * bar).max()
+            late[draw, k] = max(late[draw, k], (excess - w * bar).max())
+            narrow[draw, k] = (excess - w / 10 * bar).max()
+    assert ((late > 1e-6).sum(0) <= allowed(draws, DELTA)).all()
+    assert ((narrow > 1e-6).sum(0) > allowed(draws, DELTA)).all()
+
+
+def shrunk(wins: np.ndarray, s: float) -> int:
+    won, met = wins.sum(-1), wins.sum(-1) + wins.sum(-2)
+    return int(((won + s / 2) / (met + s)).argmax())
+
+
+def test_shrinking_win_shares_is_pessimism_with_one_prompt(rng):
+    """Eq. 47: the stated strength, random worlds and two hard ones; a strength of .01 is fooled by
+    rare responses, and a strength without end answers the mediocre one."""
+    failures, runs, fooled = 0, 0, [0, 0]
+    n = 3_000_000
+    hard = (bandit.rare(n, 8), bandit.single_prompt([0.1, 0.5, 0.4], [2.0, 1.8, 0.0]))
+    for trial in range(200):
+        world = hard[trial % 4] if trial % 4 < 2 else bandit.random_instances(1, rng, X=1, A=8)
+        mu, r = (t.reshape(-1).numpy() for t in world[:2])
+        wins = bandit.sample_wins(bandit.single_prompt(list(mu), list(r)), n, rng)[0].numpy()
+        q = sigmoid(r[:, None] - r) @ mu
+        best, ell = r.argmax(), math.log(4 * len(r) / DELTA)
+        assert q.argmax() == best
+        N, lead = (wins[best].sum() + wins[:, best].sum()), q[best] - 0.5
+        if lead < 7 * math.sqrt(ell / N):
+            continue
+        runs += 1
+        answer = shrunk(wins, math.sqrt(ell * N) / (2 * lead))
+        late = q[best] - q[answer] > 4 * math.sqrt(ell / N)
+        assert late or r[best] - r[answer] <= 4 / bandit.slope_at(2.0) * math.sqrt(ell / N)
+        failures += late
+        for k, s in enumerate((0.01, 1e12)):
+            fooled[k] += q[best] - q[shrunk(wins, s)] > 4 * math.sqrt(ell / N)
+    assert runs > 100 and failures <= allowed(runs, DELTA) and min(fooled) > 10
+
+
+def test_no_algorithm_beats_the_floor(rng):
+    """Eq. 44: the best algorithm of all, data set by data set; Delta exp(-KL) without the 1/4 is
+    too much. KL exactly against its bound; the order's constants."""
+
+    def label_laws(logits):
+        return np.array([[sigmoid(a), sigmoid(-a)] for a in logits])
+
+    def divergence_of(p, q):
+        return (p * np.log(p / q)).sum()
+
+    too_much = 0
+    for _ in range(100):
+        R, p = rng.uniform(0.5, 4), rng.uniform(0.02, 0.5)
+        gap, n = rng.uniform(0.01, R / 2), int(rng.integers(1, 9))
+        first = label_laws([gap, R - 2 * gap])  # response 1 over 2, response 2 over 3
+        second = label_laws([-gap, R])
+        chances = np.array([2 * p * p, 2 * p * (1 - 2 * p)])
+        kl = n * sum(c * divergence_of(a, b) for c, a, b in zip(chances, first, second))
+        bound = n * p * gap**2 * (p + 4 * slope(R - 2 * gap))
+        assert kl <= bound * (1 + 1e-9) + 1e-15
+        cells = [np.append((chances[:, None] * law).ravel(), 1 - chances.sum()).clip(0)
+                 for law in (first, second)]  # fmt: skip
+        counts = [c for c in itertools.product(range(n + 1), repeat=4) if sum(c) <= n]
+        full = np.array([[*c, n - sum(c)] for c in counts])
+        laws = [stats.multinomial.pmf(full, n, cell / cell.sum()) for cell in cells]
+        best_sum = gap * np.minimum(*laws).sum()  # answer 1 where the first world is likelier
+        assert best_sum / 2 >= gap / 4 * math.exp(-kl) - 1e-12
+        too_much += best_sum / 2 < gap * math.exp(-kl)
+        answer = rng.dirichlet(np.ones(3), len(full))  # and any other algorithm
+        lost = [laws[0] @ (answer @ [0, gap, R - gap]), laws[1] @ (answer @ [gap, 0, R])]
+        assert max(lost) >= gap / 4 * math.exp(-bound)
+    assert too_much > 50
+    for _ in range(200):
+        R = rng.uniform(0.5, 4)
+        kappa = bandit.slope_at(R)
+        p, n = rng.uniform(0.01, 1) * kappa, 10 ** rng.uniform(1, 8)
+        gap = 1 / (3 * math.sqrt(kappa * n * p))
+        if gap > math.log(2) / 2 or 2 * gap > R:
+            continue
+        assert n * p * gap**2 * (p + 4 * slope(R - 2 * gap)) <= 1 + 1e-12
+        C = (1 / p - 1) / 2
+        floor = gap / 4 / math.e
+        assert floor >= math.sqrt(2) / (12 * math.e) * math.sqrt(C / (kappa * n)) * (1 - 1e-12)
+
+
+def test_lambda_can_be_chosen_without_knowing_the_coverage(rng):
+    """Eq. 45: over fresh labels V is a true lower bound at every lam, and the policy chosen is as
+    good as the best of the grid's bounds; without xi the first claim fails."""
+    n, draws, gamma, T = 200, 60, 0.5, 20
+    worlds, wins = tabular_trials(rng, n, 4, draws)
+    prompts, muhat = spac.data_policy(wins)
+    kappa, start = bandit.slope_at(worlds.R), worlds.mu.expand(draws, *worlds.mu.shape)
+    likeliest = bandit.Critic(wins, float(n), worlds.R, tolerance=1e-9)
+    least_fit = spac.data_fit(likeliest(muhat), wins) - likeliest.gap / n
+    d = torch.tensor([np.linalg.matrix_rank(matrices(bandit.Instance(*world, 2.0), data)[1])
+                      for world, data in zip(zip(*worlds[:3]), wins[0])])  # fmt: skip
+    complexity = d / 2 * math.log(1 + 1 / (4 * gamma * kappa)) + math.log(1 / DELTA)
+    xi = 2 * complexity / n
+    settings = bandit.theorem(worlds, wins, 100)
+    price = 4 * settings.lam * (settings.statistics - settings.slack)  # v' A+ v of the best
+    target = bandit.greedy(worlds.reward).expand_as(start)
+
+    def gain(pi):  # L(pi, r*), what the rule cannot see
+        return spac.relative_value(pi, worlds.reward, wins)
+
+    def pessimistic(pi, lam):
+        critic = bandit.Critic(wins, lam, worlds.R, tolerance=1e-9)
+        return spac.critic_objective(pi, critic(pi), wins, lam) - critic.gap
+
+    V, gains, rights, unsafe = [], [], [], 0
+    for lam in (1.0, 4.0, 16.0, 64.0, 256.0, 4096.0):
+        critic = bandit.Critic(wins, lam, worlds.R)
+        *_, (pi, _) = spac.spac_t(start, critic, 1.0, T)
+        value = pessimistic(pi, lam)
+        V.append(value - lam * (least_fit + xi))
+        gains.append(gain(pi))
+        rights.append(pessimistic(target, lam) - value + price / (4 * (1 - gamma) * lam)
+                      + 4 * lam * complexity / n)  # fmt: skip
+        unsafe += (value - lam * least_fit > gains[-1] + 1e-6).sum().item()
+    V, gains, rights = (torch.stack(t) for t in (V, gains, rights))
+    chosen = gains.gather(0, V.argmax(0)[None])[0]
+    broken = (V > gains + 1e-6).any(0) | (gain(target) - chosen > rights.amin(0) + 1e-6)
+    assert (broken.sum(0) <= allowed(draws, DELTA)).all()
+    assert unsafe > allowed(draws, DELTA) * 4
+    assured = bandit.assured(worlds, wins, torch.tensor(16.0).double(), pi)  # the code's V
+    expected = pessimistic(pi, 16.0) - 16.0 * (least_fit + xi)
+    assert torch.allclose(assured, expected, atol=1e-4)
+
+
+def test_sampled_answers_cost_tables_their_mean_term(rng):
+    """Eq. 24, tables: the mean of eps_t over samples, given the policy; a tenth is exceeded."""
+    count, n, k, lam = 6, 30, 2, 0.3
+    worlds = bandit.random_instances(count, rng, X=2, A=4)
+    wins = bandit.sample_wins(worlds, n, rng)
+    per_prompt = wins.sum((-2, -1)).numpy().astype(int)
+    pi = worlds.mu
+    drawn = rng.multinomial(k * per_prompt, pi.numpy(), size=(400, count, 2))
+    sampled = torch.tensor(drawn / np.maximum(k * per_prompt, 1)[..., None])
+    many = wins.expand(400, *wins.shape)
+    f = bandit.Critic(many, lam, worlds.R)(sampled)
+    eps = spac.critic_objective(pi, f, many, lam) - spac.critic_objective(
+        pi, worlds.reward, many, lam
+    )
+    term = worlds.R / 2 * math.sqrt(2 * 4 / (n * k))
+    error = eps.std(0) / math.sqrt(400)
+    assert (eps.mean(0) <= term + 5 * error).all()
+    exact = bandit.Critic(wins, lam, worlds.R)
+    least = spac.critic_objective(pi, exact(pi), wins, lam)
+    cost = eps.mean(0) - (least - spac.critic_objective(pi, worlds.reward, wins, lam))
+    assert (cost > term / 10).all() and (cost <= term + 5 * error).all()
+
+
+# -------------------------------------------------------- the text's own code
+
+
+def test_the_code_in_the_text_prints_what_stands_below_it():
+    """Each block of theory.md, in one session; a changed number, or block, is noticed."""
     text = (Path(__file__).parents[1] / "theory.md").read_text(encoding="utf-8")
-    asked = re.findall(r"\| `([^`]+)` \|$", text.partition("## 14. Exercises")[2], re.M)
-    names = {"torch": torch, "spac": spac, "bandit": bandit}
-    steepness, coverage, pairs, rounds, loss = (eval(question, names) for question in asked)
-    assert steepness.tolist() == pytest.approx([divergence(0, 2) / 4, slope(2) / 4], abs=1e-6)
-    assert coverage.item() == pytest.approx(((1 - 0.5) ** 2 / 0.5 + 0.5) / 2)  # half chi-square
-    ratios = [four / one for one, four in zip(*pairs)]
-    assert ratios == pytest.approx([2, 1 / 2])
-    assert rounds == 1 + math.floor(math.log(99) / 0.2)  # 1 / (1 + e^(.2 (t - 1))) > .01
-    assert [t.item() for t in loss] == pytest.approx([math.log(2) * k for k in (1.2, 1, 1)])
-    assert rounds != 1 + math.floor(math.log(99) / 0.1)  # the control: half the step
+    blocks = re.findall(r"^```python\n(.*?)^```\n```text\n(.*?)^```", text, re.M | re.S)
+    assert len(blocks) == text.count("```python") >= 6
+    names, kept = {}, torch.get_default_dtype()
+    try:
+        for code, shown in blocks:
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(code, names)
+            assert printed.getvalue() == shown, code
+            assert printed.getvalue() != shown.replace("5", "6") or "5" not in shown
+    finally:
+        torch.set_default_dtype(kept)
+    assert names["gap"].item() == pytest.approx(sum(names["terms"].values()).item(), abs=1e-12)

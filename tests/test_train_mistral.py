@@ -4,19 +4,23 @@ Oracles: the model's own logits in a slow loop, autograd on DPO's formula writte
 counts, a second process, a second run that nothing interrupted.
 """
 
+import gzip
 import io
 import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import weakref
 from array import array
 from collections import Counter
+from datetime import datetime
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
@@ -26,13 +30,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from jinja2 import TemplateError
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertLMHeadModel,
+    BloomConfig,
     GenerationConfig,
+    Llama4TextConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
+    MistralForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
@@ -81,6 +93,7 @@ def run_of(lm, rows, out=Path("unused"), stops=frozenset({2}), heldout=(), **opt
     settings = dict(max_response=7, batch=len(rows) or 1, generate_batch=4, micro_batch=8)
     config = tm.Config(**settings | options)
     state = dict(round=1, step=0, saves=0, pi_t="", largest=0.0, seconds={}, peak_bytes={})
+    state |= dict(noise=0.0, first={})
     state |= {"logs": {"log.jsonl": [], "samples.jsonl": [], "dropped.jsonl": []}}
     tokenizer, scorer = tm.CopyDigits().tokenizer(), tm.Scorer(lm)
     run = tm.Run(config, out, scorer, tokenizer, set(stops), rows, list(heldout), state)
@@ -97,13 +110,13 @@ def slow_logp(lm, prompt, response):
     return total
 
 
-def fake_play(rows, seed=0):
+def fake_play(rows, seed=0, samples=1):
     draw = random.Random(seed)
     return [
         tm.Row(
             *row[:4],
-            draw.choices(range(2, 24), k=draw.randint(1, 7)),
-            [draw.uniform(-20, -5) for _ in range(3)],
+            [draw.choices(range(2, 24), k=draw.randint(1, 7)) for _ in range(samples)],
+            [draw.uniform(-20, -5) for _ in range(2 + samples)],
         )
         for row in rows
     ]
@@ -150,7 +163,7 @@ def test_the_loss_of_a_batch_is_spacs(critic):
     run, played = run_of(small_model(), rows, critic=critic, lam=3.0), fake_play(rows)
     told = tm.accumulate(run, played)
     logps = [
-        [slow_logp(run.scorer.lm, r.prompt, y) for y in (r.chosen, r.rejected, r.generated)]
+        [slow_logp(run.scorer.lm, r.prompt, y) for y in (r.chosen, r.rejected, *r.generated)]
         for r in played
     ]
     policy = torch.tensor([[logp.item() for logp in row] for row in logps], dtype=torch.float64)
@@ -163,21 +176,38 @@ def test_the_loss_of_a_batch_is_spacs(critic):
     assert torch.tensor([pair["loss"] for pair in told]) != pytest.approx(wrong, rel=1e-4)
 
 
+def test_two_samples_a_prompt_give_the_mean_of_two_losses():
+    rows = rows_of(5)
+    run, played = run_of(small_model(), rows, lam=2.0), fake_play(rows, samples=2)
+    both = tm.accumulate(run, played)
+    for k in range(2):
+        one = [
+            row._replace(generated=[row.generated[k]], logps=[*row.logps[:2], row.logps[2 + k]])
+            for row in played
+        ]
+        for pair, half in zip(both, tm.accumulate(run, one)):
+            for name in ("loss", "critic", "kl", "logp_generated"):
+                pair[name] -= half[name] / 2
+            assert pair["preference"] == pytest.approx(half["preference"], rel=1e-5)
+    assert max(abs(p[n]) for p in both for n in ("loss", "critic", "kl", "logp_generated")) < 1e-4
+    assert len({half["critic"] for half in tm.accumulate(run, one)}) == 5  # control: they differ
+
+
 def test_what_is_logged_of_a_pair_is_what_its_name_says():
     rows = rows_of(6)
     run, played = run_of(small_model(), rows), fake_play(rows)
     told = tm.accumulate(run, played)
     for pair, row in zip(told, played):
-        answers = (row.chosen, row.rejected, row.generated)
+        answers = (row.chosen, row.rejected, *row.generated)
         logps = [slow_logp(run.scorer.lm, row.prompt, y).item() for y in answers]
         h = [policy - opponent for policy, opponent in zip(logps, row.logps)]
         expected = dict(zip(("logp_chosen", "logp_rejected", "logp_generated"), logps))
         expected |= dict(accuracy=float(h[0] > h[1]), margin=0.3 * (h[0] - h[1]), kl=-h[2])
         expected |= dict(largest=0.3 * max(map(abs, h)), row=row.number)
-        expected |= dict(gap=max(abs(x) / len(y) ** 0.5 for x, y in zip(h, answers)))
+        expected |= dict(gap=fmean(x**2 / len(y) for x, y in zip(h, answers)))
         assert {name: pair[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     assert {pair["accuracy"] for pair in told} == {0.0, 1.0}  # control: pairs of both kinds
-    assert any(0.3 * pair["gap"] < 0.9 * pair["largest"] for pair in told)  # and of many tokens
+    assert any(0.3 * pair["gap"] ** 0.5 < 0.9 * pair["largest"] for pair in told)  # of many tokens
 
 
 def test_the_supervised_loss_is_nats_per_token_of_both_responses():
@@ -235,13 +265,64 @@ def test_micro_batches_chunks_padding_and_checkpointing_leave_the_gradient_as_it
     for chunk in (1, 3, 1000):
         run.scorer.logits_chunk = chunk
         assert apart(gradient(run, played), reference) < 1e-6
-    run.scorer.lm.activation_checkpointing_enable({"use_reentrant": False})
-    run.scorer.train()
+    tm.shard(run.scorer, torch.device("cpu"), tm.Config(recompute=True))
     assert apart(gradient(run, played), reference) < 1e-6
     # Control: the mean of micro-batch means, the field's usual bug, is seen by this measure.
     halves = [gradient(run, played[:8]), gradient(run, played[8:])]
     assert apart(sum(halves) / 2, reference) > 1e-3
     assert apart((8 * halves[0] + 3 * halves[1]) / 11, reference) < 1e-6
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_no_gradient_outlives_its_step(tmp_path, monkeypatch, optimizer):
+    """Weak references to every gradient that a step used; at the next one none is alive."""
+    rows, used, alive, real = rows_of(12), [], [], tm.accumulate
+    run = run_of(small_model(), rows, tmp_path, batch=4, lr=1e-3, epochs=1, optimizer=optimizer)
+
+    def watched(run, batch):
+        alive.append(sum(ref() is not None for ref in used))
+        told = real(run, batch)
+        used.extend(weakref.ref(weight.grad) for weight in run.scorer.parameters())
+        return told
+
+    monkeypatch.setattr(tm, "accumulate", watched)
+    monkeypatch.setattr(tm, "check_step", lambda *_: None)
+    tm.train(run, fake_play(rows), None)
+    assert alive == [0, 0, 0] and len(used) == 3 * len([*run.scorer.parameters()])
+    assert all(weight.grad is None for weight in run.scorer.parameters())
+    held = real(run, fake_play(rows[:4]))  # control: one that nobody drops is seen
+    last = [weakref.ref(weight.grad) for weight in run.scorer.parameters()]
+    assert held and all(ref() is not None for ref in last)
+
+
+def test_bf16_gradients_are_fp32s_to_a_few_per_cent_and_recomputing_leaves_them_as_they_are():
+    """Rounding to 8 bits: each product errs by up to 2^-8, the gradient by a few of these."""
+    rows = rows_of(11)
+    played, flat = fake_play(rows), {}
+    for bf16 in (False, True):
+        for recompute in (False, True):
+            run = run_of(small_model(), rows, micro_batch=4)
+            tm.shard(run.scorer, torch.device("cpu"), tm.Config(bf16=bf16, recompute=recompute))
+            run.scorer.zero_grad()
+            tm.accumulate(run, played)
+            flat[bf16, recompute] = torch.cat(
+                [tm.local(p.grad).flatten() for p in run.scorer.parameters()]
+            )
+            assert all(tm.local(p).dtype == torch.float32 for p in run.scorer.parameters())
+        assert torch.equal(flat[bf16, False], flat[bf16, True])
+    assert 1e-4 < apart(flat[True, True], flat[False, True]) < 0.05
+
+
+def test_recomputed_layers_run_twice_and_others_once():
+    rows, passes = rows_of(4), []
+    for recompute in (False, True):
+        lm = small_model()
+        lm.model.layers[0].self_attn.register_forward_hook(lambda *_: passes.append(1))
+        run = run_of(lm, rows)
+        tm.shard(run.scorer, torch.device("cpu"), tm.Config(recompute=recompute))
+        passes.clear()
+        tm.accumulate(run, fake_play(rows))
+        assert len(passes) == 1 + recompute
 
 
 def test_padding_changes_no_score_on_either_side_and_of_any_amount():
@@ -272,7 +353,7 @@ def test_with_no_critic_the_first_round_has_dpos_gradient():
     with torch.no_grad():
         played = [
             r._replace(
-                generated=[*r.prompt],
+                generated=[[*r.prompt]],
                 logps=[
                     slow_logp(reference, r.prompt, y).item()
                     for y in (r.chosen, r.rejected, r.prompt)
@@ -408,21 +489,57 @@ def test_a_tie_of_a_held_out_pair_counts_half(tmp_path, monkeypatch):
     monkeypatch.setattr(tm, "play", lambda run, rows, name: rows)
     run = run_of(small_model(), [], tmp_path, heldout=rows)
     tm.evaluate(run)
-    assert run.state["logs"]["log.jsonl"][-1]["heldout_accuracy"] == pytest.approx(3.5 / 5)
+    told = run.state["logs"]["log.jsonl"][-1]
+    assert told["heldout_accuracy"] == pytest.approx(3.5 / 5)
+    assert told["heldout_implied"] == 0.5  # pi is pi_1: all ties
 
 
-def test_dropout_in_a_models_config_is_switched_off(tmp_path):
-    lm = small_model(attention_dropout=0.5)
-    lm.save_pretrained(tmp_path)
-    tm.CopyDigits().tokenizer().save_pretrained(tmp_path)
-    argv = ["--preset", "mistral-7b", "--model", str(tmp_path), "--data", "none.jsonl"]
-    loaded, _ = tm.load_model(tm.parse(argv))
+def test_the_implied_accuracy_compares_with_the_start_and_not_with_zero(tmp_path, monkeypatch):
+    """Leads of y+ of 2 and -2 at the start; later 1 and -1: h+ - h- is -1, then 1."""
+    rows, told = fake_play(rows_of(2)), []
+    monkeypatch.setattr(tm, "play", lambda run, rows, name: rows)
+    run = run_of(small_model(), [], tmp_path)
+    for lead in (2.0, 1.0):
+        run.heldout = [
+            row._replace(logps=[sign * lead, 0.0, -9.0]) for row, sign in zip(rows, (1, -1))
+        ]
+        tm.evaluate(run)
+    run.heldout = [run.heldout[0]._replace(logps=[5.0, 0.0, -9.0]), run.heldout[1]]
+    tm.evaluate(run)
+    told = [line["heldout_implied"] for line in run.state["logs"]["log.jsonl"]]
+    assert told == [0.5, 0.5, 1.0]
+    assert {line["heldout_accuracy"] for line in run.state["logs"]["log.jsonl"]} == {0.5}  # control
+
+
+class Noisy(torch.nn.Module):
+    """Dropout that no list of names knows, and a layer that may be left out."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, *args, **options):
+        out = self.body(*args, **options)
+        if self.training:
+            out.last_hidden_state = out.last_hidden_state + torch.rand(())
+        return out
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_nothing_random_is_left_in_a_model_wherever_it_stands(recompute):
+    """Dropout in the config, in modules, in a nested module by its own rule."""
+    lm = small_model(attention_dropout=0.5).train()
+    for layer in lm.model.layers:
+        layer.mlp = torch.nn.Sequential(layer.mlp, torch.nn.Dropout(0.5))
+    decoder = Noisy(lm.model)
+    lm.get_decoder = lambda: decoder
     item = [(array("i", [1, 5, 6]), [array("i", [7, 8, 9])])]
-    assert torch.equal(tm.Scorer(loaded).train()(item), tm.Scorer(loaded).eval()(item))
-    with_dropout = AutoModelForCausalLM.from_pretrained(tmp_path)  # control
-    assert not torch.equal(
-        tm.Scorer(with_dropout).train()(item), tm.Scorer(with_dropout).eval()(item)
-    )
+    scorer = tm.Scorer(lm)
+    assert not torch.equal(scorer(item), scorer(item))  # control
+    tm.shard(scorer, torch.device("cpu"), tm.Config(recompute=recompute))
+    decoder.train(scorer.training)
+    first, again = scorer(item), scorer(item)
+    assert torch.equal(first, again) and first.requires_grad
 
 
 def test_a_revision_is_asked_for_wherever_something_comes_from_the_hub(tmp_path, monkeypatch):
@@ -523,12 +640,139 @@ def test_a_sampled_eos_is_scored_even_where_it_pads():
 
 def test_control_tokens_typed_as_text_stay_text():
     tokenizer = word_tokenizer()
-    typed = {"prompt": "a</s><s>b<|user|>", "chosen": "</s>", "rejected": "<pad>"}
+    typed = {"prompt": "a</s><s>b<|user|>", "chosen": "<s>", "rejected": "<pad>"}
     row = tm.encode(typed, 1, tokenizer, {2}, tm.Config(max_prompt=64, max_response=64))
     assert list(row.prompt).count(1) == 1 and 2 not in row.prompt and 3 not in row.prompt
-    assert tokenizer.decode(row.chosen) == "</s></s>" and len(row.chosen) > 2
+    assert tokenizer.decode(row.chosen) == "<s></s>" and len(row.chosen) > 2
+    assert 0 not in row.rejected
     naive = tokenizer(typed["prompt"]).input_ids  # control: the tokenizer alone is fooled
     assert 2 in naive and 3 in naive
+
+
+TURNS = "{{ bos_token }}{% for m in messages %}{{ m.role }}:"
+TURNS += "BODY{% endfor %}{{ 'assistant:' if add_generation_prompt }}"
+KEEPS = TURNS.replace(
+    "BODY",
+    "{% if m.role != 'assistant' %}{{ m.content }}{% else %}{{ m.content.split('</think>')[-1] "
+    "if '</think>' in m.content and not loop.last else m.content }}{{ eos_token }}{% endif %}",
+)
+SPLITS = TURNS.replace(  # thoughts taken out and written back, from the text or their own field
+    "BODY",
+    "{% if m.role != 'assistant' %}{{ m.content }}{% else %}{% set c = m.content %}"
+    "{% set r = m.reasoning_content or '' %}{% if '</think>' in c %}"
+    "{% set r = c.split('</think>')[0].split('<think>')[-1] %}{% set c = c.split('</think>')[-1] %}"
+    "{% endif %}<think>\n{{ r.strip('\n') }}\n</think>\n\n{{ c.lstrip('\n') }}"
+    "{{ eos_token }}{% endif %}",
+)
+LOSES = KEEPS.replace(" and not loop.last", "")
+CALLS = KEEPS.replace(
+    "{{ eos_token }}",
+    "{% for c in m.tool_calls %}<call>{{ c.function.name }}</call>{% endfor %}{{ eos_token }}",
+)
+
+
+def thinking_tokenizer(template, *names):
+    """Thinking is named by tokens that are not special, as Qwen's and DeepSeek's are."""
+    tokenizer = word_tokenizer(template=template)
+    tokenizer.add_tokens([*names] or ["<think>", "</think>", "<call>", "</call>"])
+    return tokenizer
+
+
+def ids_by_the_library(tokenizer, answer):
+    """What the template and the tokenizer make of a trusted conversation, behind its prompt."""
+    turns = [{"role": "user", "content": "the user"}, {"role": "assistant"} | answer]
+    options = dict(return_dict=False)
+    prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, **options)
+    whole = tokenizer.apply_chat_template(turns, **options)
+    assert whole[: len(prompt)] == prompt
+    return whole[len(prompt) :]
+
+
+@pytest.mark.parametrize("template", [KEEPS, SPLITS, CALLS])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"content": "<think>\nask\n</think>\n\nthe answer"},
+        {"content": "the answer", "reasoning_content": "ask"},
+        {"content": "", "tool_calls": [{"function": {"name": "ask"}}]},
+    ],
+)
+def test_an_assistants_turn_is_what_the_model_would_write_or_the_row_is_dropped(template, answer):
+    tokenizer = thinking_tokenizer(template)
+    row = {"prompt": "the user", "chosen": [{"role": "assistant"} | answer], "rejected": "no"}
+    reads = {KEEPS: ("content",), SPLITS: ("reasoning_content",), CALLS: ("tool_calls",)}[template]
+    if {"reasoning_content", "tool_calls"} & answer.keys() - {*reads}:
+        with pytest.raises(ValueError, match="does not write (reasoning_content|tool_calls)"):
+            tm.encode(row, 1, tokenizer, {2}, tm.Config(max_prompt=64, max_response=64))
+        return
+    ids = tm.encode(row, 1, tokenizer, {2}, tm.Config(max_prompt=64, max_response=64)).chosen
+    assert list(ids) == ids_by_the_library(tokenizer, answer)
+    names = [tokenizer.convert_tokens_to_ids(name) for name in ("<think>", "</think>", "<call>")]
+    assert {*names} & {*ids}  # control: they hold the tokens that are in question
+
+
+def test_what_a_user_typed_stays_text_where_an_assistants_are_tokens():
+    tokenizer = thinking_tokenizer(KEEPS)
+    end = tokenizer.convert_tokens_to_ids("</think>")
+    turns = [("user", "</think>"), ("assistant", "a</think>the answer"), ("user", "<s></think>")]
+    prompt = [{"role": role, "content": text} for role, text in turns]
+    row = {"prompt": prompt, "chosen": "x</think>yes", "rejected": "no"}
+    made = tm.encode(row, 1, tokenizer, {2}, tm.Config(max_prompt=99, max_response=64))
+    assert end not in made.prompt and [*made.chosen].count(end) == 1
+    assert tokenizer.decode(made.prompt).count("</think>") == 2  # as letters; the old thought went
+    assert [*made.prompt].count(1) == 1
+    naive = tokenizer.apply_chat_template(prompt, return_dict=False)  # control
+    assert naive.count(end) == 2
+
+
+def test_a_template_that_drops_thoughts_or_a_turn_drops_the_row():
+    row = {"prompt": "the user", "chosen": "<think>ask</think>the answer", "rejected": "no"}
+    config = tm.Config(max_prompt=64, max_response=64)
+    with pytest.raises(ValueError, match="not write all of assistant's text"):
+        tm.encode(row, 1, thinking_tokenizer(LOSES), {2}, config)
+    assert tm.encode(PAIR, 1, thinking_tokenizer(LOSES), {2}, config)  # control: nothing to drop
+    deaf = KEEPS.replace("{{ m.content }}{% else", "{{ m.content if m.role == 'user' }}{% else")
+    with pytest.raises(ValueError, match="not write all of system's text"):
+        tm.encode(PAIR | {"system": "answer"}, 1, thinking_tokenizer(deaf), {2}, config)
+
+
+PHI = "{% for m in messages %}<|user|>{{ m.content }}<|end|>\n{% endfor %}"
+PHI += "{{ '<|user|>' if add_generation_prompt else eos_token }}"
+LLAMA = "{{ bos_token }}{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}<|user|>"
+
+
+def test_a_response_ends_at_its_first_stop_token_as_a_sample_does():
+    for template in (PHI, LLAMA):
+        tokenizer = thinking_tokenizer(template, "<|end|>")
+        end = tokenizer.convert_tokens_to_ids("<|end|>")
+        stops = {2, end}
+        row = tm.encode(PAIR, 1, tokenizer, stops, tm.Config(max_prompt=64, max_response=64))
+        for ids, text in ((row.chosen, "the answer"), (row.rejected, "an assistant")):
+            assert ids[-1] == end and not stops & {*ids[:-1]}
+            assert tokenizer.decode(ids[:-1]) == text
+    row = PAIR | {"chosen": "the answer<|end|>"}  # a trace of another template: the same answer
+    made = tm.encode(row, 1, tokenizer, stops, tm.Config(max_prompt=64, max_response=64))
+    assert made.chosen == tm.encode(PAIR, 1, tokenizer, stops, tm.Config(max_response=64)).chosen
+
+
+def test_an_end_of_turn_that_is_no_stop_token_is_named():
+    tokenizer = thinking_tokenizer(LLAMA, "<|end|>")
+    with pytest.raises(ValueError, match=r"'<\|end\|><\|user\|>', no stop token: name it in gen"):
+        tm.encode(PAIR, 1, tokenizer, {2}, tm.Config())
+    plain = thinking_tokenizer("{% for m in messages %}{{ m.content }}\n::\n{% endfor %}")
+    with pytest.raises(ValueError, match="'::', no stop token"):
+        tm.encode(PAIR, 1, plain, {2}, tm.Config())
+    silent = thinking_tokenizer("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    assert tm.encode(PAIR, 1, silent, {2}, tm.Config(max_response=64)).chosen[-1] == 2
+
+
+def test_a_templates_clock_stands_still_for_a_run():
+    clock = "{{ strftime_now('%d %b %Y') }}" + KEEPS
+    tokenizer, config = thinking_tokenizer(clock), tm.Config(max_prompt=64, max_response=64)
+    days = [datetime(2031, 5, day).strftime for day in (4, 4, 5)]
+    rows = [tm.encode(PAIR, 1, tokenizer, {2}, config, day) for day in days]
+    assert rows[0] == rows[1] != rows[2]  # and a control
+    assert "04 May 2031" in tokenizer.decode(rows[0].prompt)
 
 
 @pytest.mark.parametrize("max_prompt", [2, 3, 5, 64])
@@ -552,7 +796,19 @@ B = A | {"content": "b"}
 GOOD = [
     PAIR,
     {"prompt": [U], "chosen": [A], "rejected": [B]},
-    {"prompt": "other text beside whole conversations", "chosen": [U, A], "rejected": [U, B]},
+    {"prompt": "u", "chosen": [U, A], "rejected": [U, B]},  # of a whole conversation, a part
+    {"prompt": [S, U], "chosen": [U, A], "rejected": [U, B]},  # or more of it
+    {"system": "s", "prompt": "u", "chosen": "one", "rejected": "two", "score": 3},
+    {"system": "s", "chosen": [S, U, A], "rejected": [S, U, B]},
+    {"prompt": "", "system": "", "chosen": [U, A], "rejected": [U, B]},
+    {
+        "prompt": "u",
+        "system": None,
+        "input": "",
+        "history": None,
+        "chosen": [U, A],
+        "rejected": [U, B],
+    },
     {"chosen": [S, U, A, U, A], "rejected": [S, U, A, U, B]},
     {"prompt": [U, A, U], "chosen": "one", "rejected": "two"},
 ]
@@ -561,12 +817,49 @@ BAD = [
     ("no chosen", [{}, PAIR | {"chosen": None}, PAIR | {"chosen": 5}, PAIR | {"chosen": []}]),
     ("no rejected", [PAIR | {"rejected": {}}, PAIR | {"rejected": 1.5}]),
     ("no prompt", [{"chosen": "a", "rejected": "b"}, PAIR | {"prompt": 3}]),
-    ("wrong role order", [PAIR | {"prompt": []}, PAIR | {"prompt": [A]}, PAIR | {"prompt": [S]}]),
+    ("no prompt", [PAIR | {"prompt": []}]),
+    ("wrong role order", [PAIR | {"prompt": [A]}, PAIR | {"prompt": [S]}]),
     ("wrong role order", [{"chosen": [U, U, A], "rejected": [U, U, B]}, PAIR | {"chosen": [U]}]),
     ("wrong role order", [PAIR | {"chosen": [{"role": ["x"], "content": "x"}]}]),
     ("an empty or no text", [PAIR | {"chosen": ["x"]}, PAIR | {"chosen": [{"role": "user"}]}]),
     ("an empty or no text", [PAIR | {"prompt": [U | {"content": [{"type": "text"}]}]}]),
-    ("an empty or no text", [PAIR | {"chosen": " \n"}, PAIR | {"prompt": ""}]),
+    ("an empty or no text", [PAIR | {"chosen": " \n"}]),
+    (
+        "no prompt",
+        [PAIR | {"prompt": ""}, {"prompt": {"a": 1}, "chosen": [U, A], "rejected": [U, B]}],
+    ),
+    ("no system", [PAIR | {"system": 5}, PAIR | {"system": {"role": "system", "content": "x"}}]),
+    ("contradicts", [{"prompt": "other", "chosen": [U, A], "rejected": [U, B]}]),
+    ("contradicts", [{"prompt": [U, A, U], "chosen": [U, A, U, A], "rejected": [S, U, B]}]),
+    ("wrong role order", [{"system": "x", "chosen": [S, U, A], "rejected": [S, U, B]}]),
+    ("not read: input", [PAIR | {"input": "and this"}]),
+    ("not read: instruction, history", [PAIR | {"instruction": "x", "history": [["a", "b"]]}]),
+    ("the row has chosen, instruct", [{"instruct": "a", "chosen": "b", "rejected": "c"}]),
+    (
+        "order, 'human', not",
+        [
+            {
+                "chosen": [{"role": "human", "content": "u"}, {"role": "gpt", "content": "a"}],
+                "rejected": [U, A],
+            }
+        ],
+    ),
+    (
+        "write reasoning_content",
+        [{"prompt": [U], "chosen": [A | {"reasoning_content": "r"}], "rejected": [B]}],
+    ),
+    (
+        "write tool_calls",
+        [
+            {
+                "prompt": [U],
+                "chosen": [{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}],
+                "rejected": [B],
+            }
+        ],
+    ),
+    ("after a stop token", [PAIR | {"chosen": "one</s>two"}]),
+    ("nothing of a response", [PAIR | {"chosen": "</s>"}]),
     ("different prompts", [{"chosen": [U, A], "rejected": [U | {"content": "?"}, B]}]),
     ("chosen equals rejected", [PAIR | {"rejected": PAIR["chosen"]}]),
     ("does once cut", [PAIR | {"chosen": "x" * 99 + "y", "rejected": "x" * 99 + "z"}]),
@@ -642,7 +935,7 @@ def test_data_that_cannot_be_read_stops_with_a_remedy(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"no parquet")
     for source in ("missing.jsonl", str(tmp_path / "bad.parquet"), str(tmp_path / "none.parquet")):
         config = tm.parse(["--preset", "mistral-7b", "--data", source])
-        with pytest.raises(SystemExit, match="cannot read .*.jsonl, .parquet, hub name"):
+        with pytest.raises(SystemExit, match="cannot read .*.jsonl.*, .parquet, .* hub name"):
             tm.load_rows(source, word_tokenizer(), {2}, config)
 
 
@@ -658,6 +951,178 @@ def test_a_model_that_cannot_be_read_stops_with_a_remedy(tmp_path):
             in_process([*argv, str(tmp_path / name)])
     tm.CopyDigits().tokenizer().save_pretrained(tmp_path / "bare")
     in_process([*argv, str(tmp_path / "bare")])
+
+
+def test_every_form_of_a_file_gives_the_same_rows(tmp_path):
+    """.json as an array, .jsonl with a byte-order mark, gzip, parquet, a data set's own folder."""
+    rows = [PAIR, PAIR | {"chosen": ""}, PAIR | {"prompt": "the user \u00e9"}]
+    lines = "\n".join(map(json.dumps, rows)).encode()
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + lines)
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "lines.json").write_bytes(lines)
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "d.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train_prefs": table}).save_to_disk(tmp_path / "splits")
+    names = "a.json b.jsonl c.jsonl.gz lines.json d.parquet saved splits".split()
+    told = []
+    for name in names:
+        config = tm.parse(["--preset", "mistral-7b", "--data", str(tmp_path / name)])
+        kept, dropped = tm.load_rows(config.data, word_tokenizer(), {2}, config)
+        told.append((kept, [line["reason"] for line in dropped]))
+    assert all(one == told[0] for one in told) and [row.number for row in told[0][0]] == [1, 3]
+
+
+def test_data_that_is_not_there_is_called_that_and_columns_not_read_are_named(tmp_path, capsys):
+    config = tm.parse(["--preset", "mistral-7b", "--data", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match="no such file or folder here"):
+        tm.load_rows(config.data, word_tokenizer(), {2}, config)
+    (tmp_path / "a.json").write_text(json.dumps([PAIR | {"score": 3, "source": "x"}]))
+    tm.load_rows(str(tmp_path / "a.json"), word_tokenizer(), {2}, config)
+    assert "columns not read: score, source" in capsys.readouterr().out
+
+
+FEW = dict(vocab_size=24, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+DIGITS = [{"prompt": f"{i:06d}", "chosen": "123456", "rejected": f"{i + 1:06d}"} for i in range(12)]
+
+
+def a_run_with(folder, lm, tokenizer=None, rows=DIGITS, **options):
+    """The words of a run of the preset for your model, with lm saved in a folder."""
+    folder.mkdir(exist_ok=True)
+    lm.save_pretrained(folder / "model")
+    (tokenizer or tm.CopyDigits().tokenizer()).save_pretrained(folder / "model")
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = dict(model=folder / "model", data=folder / "pairs.jsonl", out=folder / "out")
+    settings |= dict(rounds=1, batch=6, max_response=9) | options
+    return ["--preset", "mistral-7b"] + [
+        str(word) for name, value in settings.items() for word in (f"--{name}", value)
+    ]
+
+
+def edited(argv, file="config.json", **changes):
+    page = Path(argv[argv.index("--model") + 1]) / file
+    page.write_text(json.dumps(json.loads(page.read_text()) | changes))
+    return argv
+
+
+def without(argv, *names, **added):
+    """The same model, whose file of weights lacks some, or has others."""
+    path = Path(argv[argv.index("--model") + 1]) / "model.safetensors"
+    weights = {k: v for k, v in load_file(path).items() if k not in names} | added
+    save_file(weights, path, metadata={"format": "pt"})
+    return argv
+
+
+def test_a_model_that_is_not_whole_or_not_causal_is_refused_and_the_reason_is_named(tmp_path):
+    """(words of the refusal, whether the shape alone tells, the run)."""
+    lm = small_model()
+    odd = {"model.norm.weight": torch.full((32,), math.nan)}
+    reward = MistralForSequenceClassification(lm.config)
+    bert = BertForMaskedLM(BertConfig(**FEW, hidden_size=32, num_hidden_layers=1,
+                                      num_attention_heads=4, intermediate_size=32))  # fmt: skip
+    four_bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    cases = [
+        (
+            "lacks.* lm_head.weight",
+            False,
+            without(a_run_with(tmp_path / "a", lm), "lm_head.weight"),
+        ),
+        ("norm.weight.* is not finite", False, without(a_run_with(tmp_path / "b", lm), **odd)),
+        (
+            "MistralForSequenceClass.*ForCausalLM is needed",
+            True,
+            a_run_with(tmp_path / "c", reward),
+        ),
+        ("BertForMaskedLM.* is needed", True, a_run_with(tmp_path / "d", bert)),
+        ("quantized", True, edited(a_run_with(tmp_path / "e", lm), quantization_config=four_bits)),
+        ("shape, .*embed_tokens", False, edited(a_run_with(tmp_path / "f", lm), vocab_size=23)),
+        ("cannot read --model", True, edited(a_run_with(tmp_path / "g", lm), model_type="unheard")),
+    ]
+    for reason, by_shape, argv in cases:
+        for words in ([*argv, "--dry_run"], argv):
+            if by_shape or words is argv:
+                with pytest.raises(SystemExit, match=reason):
+                    in_process(words)
+            else:
+                in_process(words)
+        assert not (Path(argv[argv.index("--out") + 1]) / "play").exists()
+    in_process(a_run_with(tmp_path / "whole", lm))  # control
+
+
+def test_a_model_that_looks_ahead_is_refused(tmp_path):
+    """BERT, saved as what it is not: its first token's logits change with the rest of the row."""
+    shape = BertConfig(**FEW, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                       intermediate_size=32, initializer_range=0.5)  # fmt: skip
+    for decoder in (False, True):
+        shape.is_decoder = decoder
+        torch.manual_seed(0)
+        argv = a_run_with(tmp_path / f"{decoder}", BertLMHeadModel(shape))
+        if decoder:  # control: it may not look ahead, but its head is more than a matrix
+            argv = [*argv, "--dry_run"]
+            in_process(argv)
+        else:
+            with pytest.raises(SystemExit, match="looks ahead"):
+                in_process(argv)
+
+
+def test_tokens_and_positions_that_the_model_lacks_are_named_before_anything_is_done(tmp_path):
+    larger = tm.CopyDigits().tokenizer()
+    larger.add_tokens(["x", "y"])
+    rows = [*DIGITS, {"prompt": "1", "chosen": "y", "rejected": "2"}]
+    argv = a_run_with(tmp_path / "a", small_model(), larger, rows, heldout=1)
+    for words in ([*argv, "--dry_run"], argv):
+        with pytest.raises(SystemExit, match="row 13 has the token 25 'y' and the model 24 rows"):
+            in_process(words)
+    argv = a_run_with(tmp_path / "b", small_model(max_position_embeddings=14))
+    for words in ([*argv, "--dry_run"], argv):
+        with pytest.raises(
+            SystemExit, match="row 1 takes 15 positions and the model has 14: lower"
+        ):
+            in_process(words)
+    in_process(a_run_with(tmp_path / "c", small_model(max_position_embeddings=15)))
+    drawn = [json.loads(line) for line in open(tmp_path / "c" / "out" / "log.jsonl")]
+    assert max(e["length"] for e in drawn if e["event"] == "round") <= 15 - 8  # y' ends there too
+
+
+def test_limits_are_found_wherever_in_a_config_they_stand():
+    lm = small_model(sliding_window=9)
+    assert tm.least(lm, "sliding_window") == 9
+    lm.config = type("Outer", (), {"text_config": lm.config})()  # the modules know their own
+    assert tm.least(lm, "sliding_window") == 9 and tm.least(lm, "nothing") == math.inf
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mamba", "llama4"])
+def test_a_model_that_takes_no_mask_of_ours_scores_a_row_each(tmp_path, capsys, kind):
+    few = FEW | dict(hidden_size=32)
+    size = few | dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    shape = dict(
+        bloom=lambda: BloomConfig(**few, n_layer=2, n_head=4),
+        mamba=lambda: MambaConfig(**few, num_hidden_layers=2, state_size=8),
+        llama4=lambda: Llama4TextConfig(
+            **size, head_dim=8, intermediate_size=64, intermediate_size_mlp=64,
+            num_local_experts=2, attention_chunk_size=512, interleave_moe_layer_step=1,
+        ),
+    )[kind]()  # fmt: skip
+    torch.manual_seed(0)
+    in_process(a_run_with(tmp_path, AutoModelForCausalLM.from_config(shape)))
+    said = capsys.readouterr().out
+    assert ("take a row each" in said) == (kind != "llama4") and "done: " in said
+
+
+def test_sharing_is_decided_once_and_kept(tmp_path, monkeypatch, capsys):
+    rows = rows_of(4)
+    run = run_of(small_model(), rows)
+    tm.check_model(run)
+    assert run.state["sharing"] and run.scorer.sharing
+    monkeypatch.setattr(tm, "hide", lambda *_: 1 / 0)  # what would now decide otherwise
+    again = run_of(small_model(), rows)
+    again.state["sharing"] = True
+    tm.check_model(again)
+    assert again.scorer.sharing
+    fresh = run_of(small_model(), rows)  # control
+    tm.check_model(fresh)
+    assert not fresh.scorer.sharing and fresh.state["sharing"] is False
 
 
 def test_a_template_that_refuses_or_rewrites_drops_the_row():
@@ -712,7 +1177,8 @@ def result(out):
     logs = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     for event in logs:
         event.pop("seconds", None), event.pop("peak_bytes", None)
-    weights = [(out / f"round-{n}" / "model.safetensors").read_bytes() for n in range(3)]
+    names = [*(f"round-{n}" for n in range(3)), "average"]
+    weights = [(out / name / "model.safetensors").read_bytes() for name in names]
     played = sorted((p.relative_to(out), p.read_bytes()) for p in out.glob("play/*/*"))
     return logs, weights, played, (out / "samples.jsonl").read_text()
 
@@ -750,14 +1216,12 @@ def gradient_and_play(rank, processes, port, out):
     rows = rows_of(11)  # ragged: 6 and 5 rows, micro-batches of 2
     for sharing in (False, True):
         run = run_of(small_model(), rows, Path(out) / f"{processes}-{sharing}", micro_batch=2)
-        tm.shard(run.scorer, device)
+        tm.shard(run.scorer, device, tm.Config(recompute=True))
         run.state["pi_t"] = "the same on one and two processes"
         run.scorer.sharing = sharing
         with torch.no_grad():
             run.scorer([(rows[0].prompt, [rows[0].chosen])])
         played = tm.play(run, rows, "round-1")
-        run.scorer.lm.activation_checkpointing_enable({"use_reentrant": False})
-        run.scorer.train()
         flat = []
         for batch in (rows, rows[:1]):  # of one row: the second process has none
             run.scorer.zero_grad()
@@ -766,7 +1230,7 @@ def gradient_and_play(rank, processes, port, out):
             grads = [g.full_tensor() if processes > 1 else g for g in grads]
             flat.append(torch.cat([g.flatten() for g in grads]))
         if rank == 0:
-            result = (flat, [(row.generated, row.logps) for row in played])
+            result = (flat, [(row.generated[0], row.logps) for row in played])
             torch.save(result, f"{out}/{processes}-{sharing}.pt")
 
 
@@ -803,7 +1267,8 @@ def test_the_log_has_the_fields_of_the_contract(straight):
     ]
     assert [event["round"] for event in rounds] == [0, 1, 2]
     wanted = "reward outside length finished max_implied_reward heldout_accuracy seconds peak_bytes"
-    assert all(set(wanted.split()) <= set(event) for event in rounds)
+    assert all({*wanted.split(), "heldout_implied"} <= set(event) for event in rounds)
+    assert all({"average_reward", "average_outside"} <= set(event) for event in rounds[1:])
     assert {"generate", "score", "train", "save"} <= set(rounds[1]["seconds"])
     assert steps[0]["preference"] == pytest.approx(math.log(2), abs=1e-5)
 
@@ -834,7 +1299,7 @@ def test_a_round_of_a_tied_or_untied_model_reloads_to_equal_logits(tmp_path, tie
     lm.generation_config = GenerationConfig(eos_token_id=[2, 5], do_sample=True, temperature=0.6)
     run = run_of(lm, rows_of(2), tmp_path)
     (tmp_path / "run.json").write_text("{}")
-    run.save_round()
+    run.save_model("round-1")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "round-1").eval()
     ids = torch.tensor([[1, 5, 6, 7]])
     assert torch.equal(again(ids).logits, lm(ids).logits)
@@ -869,6 +1334,38 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(straight, tmp_path, proces
     assert not list(out.rglob("*.tmp")) or (out / "state" / "page").exists()
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_in_bf16_with_recomputed_layers_a_killed_run_ends_as_if_nothing_had_happened(
+    tmp_path, processes
+):
+    """The whole path as a GPU takes it: SFT, play, train, save; one kill in the last round."""
+    argv, ends = [*SHORT, "--bf16", "--recompute"], []
+    for name, lines in (("straight", None), ("killed", 9)):
+        out = tmp_path / name
+        started = start([*argv, "--out", str(out)], tmp_path / f"said-{name}", processes)
+        log = out / "log.jsonl"
+        while lines and started[0].is_alive():
+            if log.exists() and len(log.read_bytes().splitlines()) >= lines:
+                for process in started:
+                    process.kill()
+                assert -signal.SIGKILL in finish(started)
+                started = start([*argv, "--out", str(out)], tmp_path / f"said-{name}", processes)
+                break
+            time.sleep(0.002)
+        assert finish(started) == [0] * processes, (tmp_path / f"said-{name}.0").read_text()
+        ends.append(result(out))
+    assert ends[0] == ends[1]
+    weights = load_file(tmp_path / "killed" / "round-2" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    part = tm.unseal(next((tmp_path / "killed" / "state").glob("*-0")))["model"]
+    assert {tm.local(weight).dtype for weight in part.values()} == {torch.float32}  # masters
+    losses = [event["loss"] for event in ends[0][0] if event["event"] == "step"]
+    in_fp32 = [*SHORT, "--out", str(tmp_path / "fp32")]
+    in_process(in_fp32)
+    exact = [e["loss"] for e in result(tmp_path / "fp32")[0] if e["event"] == "step"]
+    assert losses == pytest.approx(exact, rel=0.05) and losses != exact  # control: bf16 was on
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])  # Ctrl-C is the latter
 def test_a_run_told_to_stop_saves_and_leaves_and_goes_on(straight, tmp_path, number):
     argv, out = [*SHORT, "--out", str(tmp_path / "run")], tmp_path / "run"
@@ -900,7 +1397,7 @@ def test_a_round_goes_on_with_the_optimizers_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(tm, "check_step", lambda *_: None)
     straight, cut = fresh("straight"), fresh("cut")
     tm.train(straight, played, None)
-    cut.open_folder(0)
+    cut.open_folder(None, 0)
     monkeypatch.setattr(tm, "leaving", [])
     monkeypatch.setattr(
         tm, "check_step", lambda run, *_: run.state["step"] == 1 and tm.leaving.append(15)
@@ -912,7 +1409,7 @@ def test_a_round_goes_on_with_the_optimizers_memory(tmp_path, monkeypatch):
     shutil.copytree(tmp_path / "cut", tmp_path / "forgets")
     for name in ("cut", "forgets"):
         run = fresh(name)
-        saved = run.open_folder(0)
+        saved = run.open_folder(tm.unseal(run.out / "state" / "page"), 0)
         assert run.state["step"] == 2
         tm.train(run, played, saved if name == "cut" else None)
         assert torch.equal(weights(run), weights(straight)) == (name == "cut")  # and a control
@@ -933,12 +1430,63 @@ def test_another_argument_or_world_size_in_the_same_folder_is_refused(straight, 
     before = result(tmp_path / "run")
     assert finish(start(argv, tmp_path / "said", 2)) == [1, 1]
     assert "processes was 1, is 2" in (tmp_path / "said.0").read_text()
-    with pytest.raises(SystemExit, match="lam was 5.0, is 7.0"):
-        in_process([*argv, "--lam", "7"])
-    with pytest.raises(SystemExit, match="data_sha256 was|seed was"):
-        in_process([*argv, "--seed", "1"])
+    for words, told in (
+        (["--lam", "7"], "lam was 5.0, is 7.0"),
+        (["--generate_batch", "8"], "generate_batch was 16, is 8"),  # samples were drawn by it
+        (["--seed", "1"], "seed was 0, is 1; other rows; other weights"),
+        (["--bf16"], "bf16 was False, is True"),
+    ):
+        with pytest.raises(SystemExit, match=told) as refusal:
+            in_process([*argv, *words])
+        assert not re.search("[0-9a-f]{20}", str(refusal.value))  # words, no digests
     in_process(argv)  # control: the same command has nothing left to do, and does nothing
     assert result(tmp_path / "run") == before
+
+
+def test_what_changes_no_result_may_change_and_rounds_may_be_added(straight, tmp_path):
+    argv, out = copy_run(straight, tmp_path / "run"), tmp_path / "run"
+    more = "--rounds 3 --micro_batch 2 --checkpoint_every 9 --recompute".split()
+    in_process([*argv, *more])
+    longer = result(out)
+    assert longer[0][: len(result(straight / "1")[0])] == result(straight / "1")[0]
+    assert longer[1][:3] == result(straight / "1")[1][:3] and (out / "round-3").exists()
+    whole = [*SHORT, "--out", str(tmp_path / "whole"), "--rounds", "3"]
+    in_process(whole)
+    steps = [
+        [e["loss"] for e in r[0] if e["event"] == "step"]
+        for r in (longer, result(tmp_path / "whole"))
+    ]
+    assert steps[0] == pytest.approx(steps[1], rel=1e-4)  # other micro-batches: other last bits
+    assert json.loads((out / "run.json").read_text())["run"]["micro_batch"] == 2
+
+
+def test_after_out_of_memory_in_sft_other_batches_may_be_drawn(tmp_path, monkeypatch):
+    argv, real = [*SHORT, "--out", str(tmp_path)], tm.accumulate
+    monkeypatch.setattr(tm, "accumulate", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        in_process(argv)
+    monkeypatch.setattr(tm, "accumulate", real)
+    in_process([*argv, "--generate_batch", "8", "--micro_batch", "4"])
+    assert (tmp_path / "round-2").exists()
+
+
+def test_the_day_does_not_change_a_runs_identity(tmp_path, monkeypatch):
+    """The template prints the clock; the second command is given years later."""
+    tokenizer = tm.CopyDigits().tokenizer()
+    day = "{{ strftime_now('%Y') }}"
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ bos_token }}", "{{ bos_token }}" + day
+    )
+    argv = a_run_with(tmp_path, small_model(), tokenizer)
+    in_process(argv)
+    later = type("Later", (datetime,), {"now": classmethod(lambda cls: cls(2077, 1, 1))})
+    monkeypatch.setattr(tm, "datetime", later)
+    in_process([*argv, "--rounds", "2"])
+    prompts = {json.loads(x)["prompt"][:4] for x in open(tmp_path / "out" / "samples.jsonl")}
+    assert len(prompts) == 1 and prompts != {"2077"}
+    argv[argv.index("--out") + 1] = str(tmp_path / "fresh")  # control: a new run has a new day
+    in_process(argv)
+    assert json.loads(open(tmp_path / "fresh" / "samples.jsonl").readline())["prompt"][:4] == "2077"
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
@@ -1034,6 +1582,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows_and_keeps_the_state(
     with pytest.raises(SystemExit, match=rf"round 1 step {step}.* rows \[5\]"):
         tm.train(run, played, None)
     assert (tmp_path / "state" / "page").read_text() == "the last good state"
+    run = run_of(small_model(), rows, tmp_path, batch=4, lr=1e-3)
     run.state["step"] = 1  # control: the same without that row's nan goes through
     tm.train(run, fake_play(rows), None)
 
@@ -1107,13 +1656,15 @@ def test_your_model_and_your_pairs_take_the_same_road(tmp_path):
     in_process(argv)
     met = {}
     for path in (tmp_path / "out" / "play").glob("*/*"):
-        pages = torch.load(io.BytesIO(path.read_bytes().partition(b"\n")[2]))
+        pages = torch.load(path)
         met.setdefault(path.parent.name, set()).update(pages)
     assert met["round-1"] == met["round-2"] and met["heldout-1"] == met["heldout-2"]
     assert len(met["round-1"]) == 15 and len(met["heldout-1"]) == 4  # of 20
     assert not met["round-1"] & met["heldout-1"]  # no held-out pair is trained on
     assert len([*(tmp_path / "out" / "state").iterdir()]) == 2  # the page and the last state
-    assert sorted(p.name for p in (tmp_path / "out").glob("round-*")) == ["round-1", "round-2"]
+    assert sorted(p.name for p in (tmp_path / "out").glob("round-*")) == [
+        f"round-{n}" for n in range(3)
+    ]
     assert [json.loads(x)["row"] for x in open(tmp_path / "out" / "dropped.jsonl")] == [21]
     rounds = [json.loads(x) for x in open(tmp_path / "out" / "log.jsonl") if '"round", ' in x]
     assert len(rounds) == 3 and "reward" not in rounds[0]
@@ -1158,6 +1709,162 @@ def test_a_folder_in_use_is_refused_at_once_and_left_alone(straight, tmp_path):
     assert result(out)[0] == result(straight / "1")[0]
 
 
+def rank_zero_reads(rank, port, argv, out):
+    os.environ |= dict(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    torch.set_num_threads(1)
+    if rank:  # a rank that reads any weights dies
+        AutoModelForCausalLM.from_pretrained = lambda *_, **__: os._exit(9)
+    device, config = tm.start_processes(), tm.parse(argv)
+    scorer = tm.Scorer(tm.load_model(config)[0])
+    assert next(scorer.parameters()).is_meta == (rank > 0)
+    tm.shard(scorer, device, config)
+    whole = {name: weight.full_tensor() for name, weight in scorer.lm.named_parameters()}
+    buffers = {name: buffer for name, buffer in scorer.lm.named_buffers()}
+    torch.save(whole | buffers, f"{out}-{rank}")
+    logps = scorer([(array("i", [1, 5, 6]), [array("i", [7, 8, 9])])])
+    torch.save(logps.detach(), f"{out}-logps-{rank}")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_rank_reads_the_weights_and_the_others_get_theirs_from_it(tmp_path, tied):
+    lm = small_model(tie_word_embeddings=tied)
+    argv, context = a_run_with(tmp_path, lm), get_context("forkserver")
+    context.set_forkserver_preload(["train_mistral"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started = [
+        context.Process(target=rank_zero_reads, args=(r, port, argv, str(tmp_path / "rank")))
+        for r in range(2)
+    ]
+    for process in started:
+        process.start()
+    assert finish(started) == [0, 0]
+    expected = dict(lm.named_parameters()) | dict(lm.named_buffers())
+    for rank in range(2):
+        got = torch.load(tmp_path / f"rank-{rank}")
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[name], expected[name]) for name in got)
+        own = tm.Scorer(lm)([(array("i", [1, 5, 6]), [array("i", [7, 8, 9])])])
+        assert torch.load(tmp_path / f"rank-logps-{rank}").item() == pytest.approx(
+            own.item(), abs=1e-5
+        )
+
+
+def test_a_model_that_rank_0_cannot_read_stops_all_ranks(tmp_path):
+    argv = without(a_run_with(tmp_path, small_model()), "lm_head.weight")
+    assert finish(start(argv, tmp_path / "said", 2)) == [1, 1]
+    assert "lacks, or has in another shape, lm_head.weight" in (tmp_path / "said.1").read_text()
+
+
+@pytest.mark.parametrize("optimizer, live, saved", [("adamw", 16, 16), ("adafactor", 8, 8)])
+def test_bytes_a_parameter_are_those_of_the_table(tmp_path, monkeypatch, optimizer, live, saved):
+    """Live at a step: 4 of weights, 4 of gradients, 8 or next to none of the optimizer. In a saved
+    state also 4 of the average; the plan's disk is what two states and all folders take."""
+    rows, seen, sizes, kind = rows_of(8), [], [], tm.OPTIMIZERS[optimizer]
+    lm = small_model(hidden_size=128, intermediate_size=256)
+    settings = dict(batch=4, epochs=1, rounds=1, optimizer=optimizer, checkpoint_every=1)
+    run = run_of(lm, rows, tmp_path, **settings)
+    save, count = run.save_state, sum(weight.numel() for weight in lm.parameters())
+
+    def watched(*args, **options):
+        made = kind(*args, **options)
+        step = made.step
+
+        def counted():
+            step()
+            tensors = [t for s in made.state.values() for t in s.values() if t.dim()]
+            tensors += [t for g in made.param_groups for p in g["params"] for t in (p, p.grad)]
+            seen.append(sum(t.nbytes for t in tensors))
+
+        made.step = counted
+        return made
+
+    def noted(optimizer=None):
+        save(optimizer)
+        sizes.append(sum(path.stat().st_size for path in (tmp_path / "state").glob("*-0")))
+
+    monkeypatch.setitem(tm.OPTIMIZERS, optimizer, watched)
+    monkeypatch.setattr(tm, "check_step", lambda *_: None)
+    run.save_state = noted
+    run.open_folder(None, 0)
+    tm.train(run, fake_play(rows), None)
+    assert seen[0] / count == pytest.approx(live, rel=0.03)
+    assert sizes[0] / count == pytest.approx(saved, rel=0.05)
+    run.save_model("round-1")
+    folder = (
+        (tmp_path / "round-1" / "model.safetensors").stat().st_size
+    )  # as round-0's and the average's
+    assert tm.plan(run) == pytest.approx(2 * sizes[0] + 3 * folder, rel=0.05)
+
+
+@pytest.mark.parametrize("letters", ["ascii", "latin-1", "utf-8"])
+def test_no_terminal_ends_a_run(tmp_path, letters, monkeypatch):
+    """Words that it cannot print are escaped; and one that has gone is none."""
+    heard = (tmp_path / "heard").open("wb")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(heard, encoding=letters))
+        tm.say("\u00e9 \u4f60 \ud800")
+        sys.stdout.detach()
+    heard.close()
+    text = (tmp_path / "heard").read_bytes().decode(letters)
+    assert ("\u4f60" in text) == (letters == "utf-8") and "\\ud800" in text
+    reader, writer = os.pipe()
+    os.close(reader)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", gone := os.fdopen(writer, "w"))
+        tm.say("nobody")
+        with pytest.raises(BrokenPipeError):  # control
+            print("nobody", flush=True)
+    with pytest.raises(BrokenPipeError):
+        gone.close()
+
+
+def test_a_plan_says_what_is_too_small_and_what_is_met_twice(tmp_path, capsys):
+    rows = [*DIGITS, *DIGITS[:6], DIGITS[0] | {"rejected": "777777"}]
+    in_process([*a_run_with(tmp_path, small_model(), rows=rows, heldout=9), "--dry_run"])
+    said = capsys.readouterr().out
+    assert "10 pairs to train on, 9 held out" in said
+    assert "steps a round teach little: lower --batch, or raise --epochs or --lr" in said
+    assert "more than a fifth of the pairs is held out: lower --heldout" in said
+    pairs = int(re.search(r"(\d+) of the held-out pairs are among", said)[1])
+    prompts = int(re.search(r"(\d+) of the held-out prompts are among", said)[1])
+    assert 0 < pairs <= prompts <= 9
+    draw = {i for i in random.Random(0).sample(range(19), 9)}
+    kept = [repr(rows[i]) for i in range(19) if i not in draw]
+    assert pairs == sum(repr(rows[i]) in kept for i in draw)
+    large = [{"prompt": f"{i:06d}", "chosen": "1", "rejected": "2"} for i in range(200)]
+    in_process([*a_run_with(tmp_path, small_model(), rows=large), "--dry_run"])  # control
+    said = capsys.readouterr().out
+    assert "180 pairs to train on, 20 held out" in said  # a tenth
+    assert "little" not in said and "fifth" not in said and "among" not in said
+
+
+def test_a_console_shows_steps_out_of_all_and_supervision_in_ten_lines(straight):
+    lines = (straight / "said1.0").read_text().splitlines()
+    steps = [line for line in lines if re.match(r"round [12]/2 +\d+/3 0:\d\d:\d\d ", line)]
+    assert len(steps) == 2 * 3  # 40 rows, 16 a step
+    assert 0 < len([line for line in lines if re.match(r"round 0/2 +\d", line)]) <= 11
+
+
+def test_the_noise_of_scoring_is_logged_beside_the_margin(tmp_path):
+    rows = rows_of(8)
+    run = run_of(small_model(), rows, tmp_path, batch=8, epochs=1)
+    played = tm.play(run, rows, "round-1")
+    offs = [0.1 * (i % 3 - 1) for i in range(8)]
+    shifted = [r._replace(logps=[r.logps[0] - off, *r.logps[1:]]) for r, off in zip(played, offs)]
+    tm.TOLERANCE[False], before = 1.0, tm.TOLERANCE[False]
+    try:
+        for rows, noise in ((played, 0.0), (shifted, 0.3 * fmean(o * o for o in offs) ** 0.5)):
+            fresh = run_of(small_model(), rows, tmp_path, batch=8, epochs=1)
+            tm.train(fresh, rows, None)
+            line = fresh.state["logs"]["log.jsonl"][-1]
+            assert line["noise"] == pytest.approx(noise, abs=1e-4)
+    finally:
+        tm.TOLERANCE[False] = before
+
+
 # -------------------------------------------------------- the tiny world, and the options
 
 
@@ -1185,6 +1892,13 @@ def test_options_out_of_range_or_abbreviated_are_refused(capsys):
         ["--batch", "0"],
         ["--critic", "x"],
         ["--roun", "2"],
+        ["--lr", "inf"],
+        ["--beta", "inf"],
+        ["--clip", "nan"],
+        ["--warmup", "1.5"],
+        ["--warmup", "-0.1"],
+        ["--rows", "0"],
+        ["--heldout", "-1"],
     ):
         with pytest.raises(SystemExit):
             tm.parse(argv)
@@ -1196,11 +1910,77 @@ def test_options_out_of_range_or_abbreviated_are_refused(capsys):
         assert f"--{field.name}" in said and field.metadata["help"]
 
 
+def test_bf16_and_recompute_can_be_asked_for_and_are_off_on_a_cpu():
+    if not torch.cuda.is_available():
+        assert not tm.parse([]).bf16 and not tm.parse([]).recompute
+    assert tm.parse(["--bf16"]).bf16 and tm.parse(["--recompute"]).recompute
+    assert not tm.parse(["--no-bf16"]).bf16
+
+
+def test_adafactor_has_its_own_rate_and_moves_weights_as_far_as_adamw(tmp_path):
+    """Weights of N(0, .02), as in a new model: 12 steps move them as far, to a factor of 2."""
+    rows, moved = rows_of(12), {}
+    usual = tm.parse(["--preset", "mistral-7b"])
+    assert tm.parse(["--preset", "mistral-7b", "--optimizer", "adafactor"]).lr == 50 * usual.lr
+    assert tm.parse("--optimizer adafactor --lr 3e-5".split()).lr == 3e-5
+    played, settings = fake_play(rows), dict(batch=3, epochs=3)
+    tm.TOLERANCE[False], before = math.inf, tm.TOLERANCE[False]
+    for name, rate in (("adamw", 1e-6), ("adafactor", 5e-5), ("same", 1e-6)):
+        kind = "adamw" if name == "adamw" else "adafactor"
+        lm = AutoModelForCausalLM.from_config(small_model(hidden_size=64).config)
+        run = run_of(lm, rows, tmp_path / name, lr=rate, optimizer=kind, **settings)
+        (tmp_path / name).mkdir()
+        start = [w.detach().clone() for w in lm.parameters() if w.dim() > 1]
+        tm.train(run, played, None)
+        ends = [w.detach() for w in lm.parameters() if w.dim() > 1]
+        parts = torch.cat([(a - b).flatten() for a, b in zip(start, ends)])
+        moved[name] = parts.square().mean().sqrt().item()
+    tm.TOLERANCE[False] = before
+    assert 0.5 < moved["adafactor"] / moved["adamw"] < 2
+    assert moved["same"] / moved["adamw"] < 0.1  # control: at AdamW's rate it hardly trains
+
+
 def test_the_learning_rate_warms_up_and_ends_near_zero():
     rates = [tm.learning_rate(step, 100, 1.0, 0.1) for step in range(100)]
     assert rates[:10] == pytest.approx([i / 10 for i in range(1, 11)])
     assert max(rates) == 1.0 and rates[-1] < 1e-3 and rates == sorted(rates[:11]) + rates[11:]
     assert all(a > b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_the_average_is_the_exponential_mean_of_the_weights_and_stands_in_their_place(tmp_path):
+    """Against a loop over the weights after each of 12 steps; horizon .5 x 3 rounds x 6 steps."""
+    rows, course = rows_of(12), []
+    run = run_of(small_model(), rows, tmp_path, batch=4, lr=1e-2, rounds=3, average=0.5)
+    weights, real = [*run.scorer.parameters()], run.charge
+    by_hand = [weight.detach().clone() for weight in weights]
+
+    def charge(phase):
+        course.extend([[w.detach().clone() for w in weights]] if phase == "train" else [])
+        real(phase)
+
+    run.charge = charge
+    for number in (1, 2):
+        run.state |= dict(round=number, step=0, pi_t=run.scorer.sha256())
+        tm.train(run, tm.play(run, rows, f"round-{number}"), None)
+    for after in course:
+        by_hand = [mean + (weight - mean) / 9 for mean, weight in zip(by_hand, after)]
+    assert len(course) == 12
+    for mean, expected in zip(run.average, by_hand):
+        assert torch.allclose(mean, expected, atol=1e-6)
+    assert not any(torch.allclose(m, w, atol=1e-6) for m, w in zip(run.average, course[-1]))
+    last, mean, pi_t = run.scorer.sha256(), [m.clone() for m in run.average], run.state["pi_t"]
+    with run.averaged():
+        assert all(torch.equal(w, m) for w, m in zip(weights, mean))
+        assert run.state["pi_t"] == run.scorer.sha256() != last
+    assert run.scorer.sha256() == last and run.state["pi_t"] == pi_t
+    assert all(torch.equal(a, b) for a, b in zip(run.average, mean))
+
+
+def test_without_an_average_none_is_kept_or_saved(tmp_path):
+    in_process([*SHORT, "--out", str(tmp_path), "--average", "0"])
+    assert not (tmp_path / "average").exists() and (tmp_path / "round-2").exists()
+    rounds = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    assert not [name for line in rounds for name in line if "average" in name]
 
 
 def test_the_order_of_a_round_depends_on_seed_round_and_epoch_and_covers_every_row():

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CEILINGS = {"spac.py": 220, "toy_bandit.py": 700, "train_mistral.py": 750}
-CEILINGS |= {"theory.md": 800, "README.md": 220}
+CEILINGS = {"spac.py": 240, "toy_bandit.py": 780, "train_mistral.py": 900}
+CEILINGS |= {"theory.md": 1000, "README.md": 220}
 MODULES = ["spac", "toy_bandit", "train_mistral"]
 THEORY = (ROOT / "theory.md").read_text(encoding="utf-8")
 README = ROOT / "README.md"
@@ -71,10 +71,25 @@ def cited_equations(text: str) -> set[int]:
 
 
 def test_equation_headings_are_numbered_without_gaps():
-    assert list(headings()) == list(range(1, len(headings()) + 1)) and len(headings()) >= 33
+    """Part I tells them in another order than the proofs; each number stands once."""
+    assert sorted(headings()) == list(range(1, len(headings()) + 1)) and len(headings()) >= 45
     assert re.findall(r"^###? Eq\. .*", THEORY, re.M) == [
         line for line in THEORY.splitlines() if re.match(r"### Eq\. \d+ - \S", line)
     ]
+
+
+def test_the_story_is_short_and_comes_before_the_proofs():
+    """Part I within 350 lines; what it states as equations, it proves or defines itself."""
+
+    def lengths(text):
+        parts = re.split(r"^(# Part I+ - .*)$", text, flags=re.M)
+        return {title: body.count("\n") for title, body in zip(parts[1::2], parts[2::2])}
+
+    (story, first), (proofs, rest) = lengths(THEORY).items()
+    assert story.startswith("# Part I ") and proofs.startswith("# Part II ")
+    assert first <= 350 and rest > first
+    planted = "# Part I - a\nx\n# Part II - b\n" + "y\n" * 400
+    assert list(lengths(planted).values()) == [2, 401]
 
 
 def test_every_equation_cited_is_a_heading_of_the_theory():
@@ -259,7 +274,9 @@ def too_wide(name: str, text: str) -> list[int]:
     ]
 
 
-MISSED = pytest.mark.xfail(reason="840 lines: prefix sharing, resume and their guards", strict=True)
+MISSED = pytest.mark.xfail(
+    reason="1,089 lines: every real input, and bf16, average, resume with their guards", strict=True
+)
 
 
 @pytest.mark.parametrize(
@@ -369,7 +386,7 @@ def dead_links(text: str, here: Path) -> list[str]:
 def test_links_and_headings_resolve(readme):
     assert not dead_links(readme, README)
     assert not dead_links(THEORY, ROOT / "theory.md")
-    planted = "[a](spac.py) [b](nothing.py) [c](theory.md#nothing) [d](theory.md#1-setting)"
+    planted = "[a](spac.py) [b](nothing.py) [c](theory.md#nothing) [d](theory.md#5-the-certificate)"
     assert dead_links(planted, README) == ["nothing.py", "theory.md#nothing"]
 
 
@@ -510,6 +527,52 @@ def test_numbers_in_readme_are_those_of_the_recorded_results(readme):
     assert value_at(dotted, "t.a.n=1e5, T.3.0.b") == 7
 
 
+# Phrases of theory.md that hold a measured number, and where the number is recorded. A number is
+# in the phrase once, between braces; it is the record's, rounded to the digits shown.
+MEASURED = {
+    "n = 300,000 SPAC by three rules loses at most {.0023}": "toy_bandit:shared_evidence.untuned",
+    "RPO {.0008}": "toy_bandit:shared_evidence.RPO",
+    "one bar a policy {.001}": "practical:policies_not_bars.policy",
+    "all others at least {.13}": "toy_bandit:shared_evidence.rivals",
+    "the plain rule loses {18} times": "toy_bandit:coverage_cost.plain",
+    "Eq. 45's rule {1.1} times": "toy_bandit:coverage_cost.no_C",
+    "after one gradient step the critic's error is {1.2} times": (
+        "practical:certificate_reads.inexact,1-step"
+    ),
+    "the way to the comparator {9} times": "practical:certificate_reads.travel,eta-x-1",
+    "KL spent is {.02} of Hoeffding's": "practical:certificate_reads.steps/Hoeffding",
+    "ten proximal rounds lose {.03} of": "practical:proximal_pays.error/SPAC-T",
+}
+
+
+def stale_figures(text: str, measured: dict[str, str], results: dict[str, dict]) -> list[str]:
+    """Phrases that the text has not, or whose number is not the record's."""
+    flat, stale = " ".join(text.split()), []
+    for phrase, source in measured.items():
+        stem, path = source.split(":")
+        claim, _, key = path.partition(".")
+        number = re.search(r"\{(.*)\}", phrase)[1]
+        found = results[stem]["claims"][claim]["value"][key]
+        right = f"{found:.{len(number.partition('.')[2])}f}"
+        said = phrase.replace("{", "").replace("}", "")
+        stale += [] if said in flat and float(right) == float(number) else [phrase]
+    return stale
+
+
+def test_measured_numbers_of_the_theory_are_those_of_the_recorded_results():
+    """The phrases listed; and the range of the ablation's caption."""
+    assert not stale_figures(THEORY, MEASURED, recorded())
+    rows = recorded()["practical"]["data"]["ablation"]["table"]
+    base, soft = rows["base"], rows["smoothed, no box"]
+    ratios = sorted(soft[c]["error"] / base[c]["error"] for c in base if c != "why")
+    low, high = re.search(r"(\d+) to (\d+) times the base in 3 of 4", THEORY).groups()
+    assert [round(ratios[1]), round(ratios[3])] == [int(low), int(high)] and ratios[0] < ratios[1]
+    results = {"x": {"claims": {"a": {"value": {"k": 0.137}}}}}
+    assert not stale_figures("it is\n.14 now", {"it is {.14} now": "x:a.k"}, results)
+    for text in ("it is .14", "it is .15 now"):
+        assert stale_figures(text, {f"{text[:6]}{{{text[6:9]}}} now": "x:a.k"}, results)
+
+
 def claim_rows(readme: str) -> dict[str, list[str]]:
     """{claim: the other cells} of the table of claims."""
     for block in tables(readme):
@@ -609,8 +672,11 @@ def test_figures_are_drawn_from_the_record_beside_them(tmp_path, monkeypatch):
     kept = {path.stem: pixels(path) for path in (ROOT / "results").glob("*.png")}
     again = tmp_path / "again.png"
     for name, there in kept.items():
-        if name == "ablation":
-            study_practical.draw_ablation(again, everything[name]["table"])
+        if name in ("ablation", "certificate"):
+            draw = getattr(study_practical, f"draw_{name}")
+            draw(again, everything["ablation"]["table"])
+        elif name == "mechanism":
+            study_practical.draw_mechanism(again, everything[name])
         else:
             toy_bandit.draw(again, everything[name]["panels"])
         assert not differs(pixels(again), there), name

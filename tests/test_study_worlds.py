@@ -1,4 +1,4 @@
-"""The stacked trainer of tests/study_tiny_lm.py is the trainer; its worlds are what they say."""
+"""The stacked trainer of tests/study_worlds.py is the trainer; its worlds are what they say."""
 
 import math
 import sys
@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import study_tiny_lm as study  # noqa: E402
+import study_worlds as study  # noqa: E402
 
 spac, trainer = study.spac, study.trainer
 COPY, STYLES = study.Copy(), study.Styles(300)
