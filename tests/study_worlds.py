@@ -814,7 +814,8 @@ def draw(path: Path, methods: dict) -> None:
                "proximal": "#8C564B"}  # fmt: skip
     figure = Figure(figsize=(11, 8.4), layout="constrained")
     worlds = {"styles": "rare bad styles", "copy": "six digits to be copied"}
-    axes = figure.subplots(2, 2)
+    worlds = {k: v for k, v in worlds.items() if any(where.startswith(k) for where in methods)}
+    axes = figure.subplots(2, len(worlds), squeeze=False)
     for column, (world, about) in enumerate(worlds.items()):
         points = [where for where in methods if where.startswith(world)]
         run, ends = axes[:, column]
