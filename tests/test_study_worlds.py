@@ -1,5 +1,6 @@
 """The stacked trainer of tests/study_worlds.py is the trainer; its worlds are what they say."""
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -195,3 +196,31 @@ def test_the_certificate_adds_up_to_the_gap(world):
     total, error = means["regret"] + means["doubt"] + means["eps"], torch.tensor(told["error"])
     assert ((total - means["gap"]).abs() < 5 * error).all()
     assert (means["eps"].abs() > 5 * error).all()  # the control: without a term it does not
+
+
+def test_quick_states_every_claim_and_draws_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "KEPT", tmp_path / "kept")
+    monkeypatch.setitem(study.SFT, "steps", 20)
+    monkeypatch.setattr(study, "POINTS", dict(study.POINTS))
+    argv = ["study_worlds.py", "--quick", "--workers", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert study.main() == 0  # the certificate, a theorem, adds up
+    first = (tmp_path / "worlds.json").read_bytes()
+    claims = json.loads(first)["claims"]
+    named = {row.split()[1] for row in study.EXPECTED.split("\n") if len(row.split()) > 5}
+    assert set(claims) >= named - {"rare_doubted"}  # no rare style need be lucky on two seeds
+    assert (tmp_path / "worlds.png").stat().st_size > 10000
+    study.main()  # from what was kept
+    assert (tmp_path / "worlds.json").read_bytes() == first
+
+
+def test_a_lucky_style_is_one_that_won_all_or_all_but_one_of_three_or_more(monkeypatch):
+    def fight(*results):  # (winner, loser) in styles
+        chosen = torch.tensor([[[a + study.A, study.ZERO], [b + study.A, study.ZERO]]
+                               for a, b in results])  # fmt: skip
+        return None, chosen
+
+    c, d, e, f = 2, 3, 4, 5
+    games = [(c, 0), (c, 1), (c, 0), (d, 1), (d, 0), (1, d), (e, 0), (e, 0), (0, f), (1, f), (f, 0)]
+    monkeypatch.setattr(study, "pairs", lambda world, n, seed: fight(*games, (f, f)))
+    assert study.lucky(300, [1]).tolist() == [[True, True] + [False] * 6]
