@@ -72,8 +72,10 @@ OPTIMIZERS = {"adamw": FUSED, "adafactor": torch.optim.Adafactor}
 SFT_MODEL = "alignment-handbook/zephyr-7b-sft-full@ac6e600eefcce74f5e8bae1035d4f66019e93190"
 PAIRS = "HuggingFaceH4/ultrafeedback_binarized"
 TOLERANCE = {False: 1e-4, True: 0.1}  # of log pi in fp32, bf16: rms of nats / root of its tokens
+LAM = 0.8  # times the root of the pairs: --lam by rule
 ADAFACTOR = 50  # times AdamW's rate: its step is a share of a matrix's rms, .02 in a new model
-FREE = {"rounds", "micro_batch", "recompute", "checkpoint_every"}  # on a restart
+FREE = {"rounds", "micro_batch", "recompute", "checkpoint_every", "beside"}  # on a restart
+DPO = "--out out/tiny-dpo --lam inf --rounds 1 --epochs 20".split()  # as many steps as tiny's
 DAMAGED = "is damaged or missing. Go on from the last round in a new folder: --model OUT/round-N"
 LEFT = "asked to stop: what is done is saved, the same command goes on from here"
 leaving = []  # signals that asked to stop
@@ -110,7 +112,8 @@ class Config:
     sft_epochs: int = option(10, 0, "supervised passes over both responses, as round 0", above=-1)
     sft_lr: float = option(3e-3, 1e-5, "learning rate of those")
     beta: float = option(0.3, 0.1, "1 / eta: reward per nat of log-ratio to pi_t")
-    lam: float = option(5.0, 10.0, "weight of the data; inf: no critic", most=math.inf)
+    lam: float = option(None, None, f"weight of the data; inf: no critic; None: {LAM} x the root "
+                        "of the pairs", most=math.inf)  # fmt: skip
     critic: str = option("smoothed", "smoothed", "the doubt: Eq. 30 or Eq. 29", list(CRITICS))
     optimizer: str = option("adamw", "adamw", "adafactor: less memory", list(OPTIMIZERS))
     lr: float = option(3e-4, 5e-7, f"peak of warm-up and cosine; x {ADAFACTOR} for adafactor")
@@ -124,6 +127,7 @@ class Config:
     seed: int = option(0, 0, "of everything random", above=-1)
     bf16: bool = option(None, None, "layers compute in bf16; None: on a GPU")
     recompute: bool = option(None, None, "layers twice, to save memory; None: on a GPU")
+    beside: str = option("", "", "folder of another run, drawn in curves.png too")
     dry_run: bool = option(False, False, "print the plan and touch nothing")
 
 
@@ -131,12 +135,12 @@ def parse(argv: list[str] | None = None) -> Config:
     style = dict(allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     parser = argparse.ArgumentParser(description=__doc__, **style)
     fields = {field.name: field.metadata for field in dataclasses.fields(Config)}
-    for name, about in fields.items():
-        value = dict(type=type(about["tiny"]), choices=about["choices"])
-        switch = name in ("bf16", "recompute", "dry_run")
-        kind = dict(action=argparse.BooleanOptionalAction) if switch else value
+    for field in dataclasses.fields(Config):
+        about, kind = field.metadata, dict(type=field.type, choices=field.metadata["choices"])
+        if field.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
         text = "{help} [{tiny} | {mistral-7b}]".format_map(about)
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **kind)
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
     preset, gpu = given.get("preset", "tiny"), torch.cuda.is_available()
     default = {name: about[preset] for name, about in fields.items()}
@@ -201,31 +205,42 @@ class CopyDigits:
             return AutoModelForCausalLM.from_config(shape)
 
 
-# -------------------------------------------------------- pairs, from text to ids
-PLAIN_TEMPLATE = (  # for a tokenizer without a chat template; the rounds are saved with it
-    "{{ bos_token }}{% for m in messages %}{{ m.role }}:\n{{ m.content }}"
-    "{{ eos_token if m.role == 'assistant' }}\n\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:\n{% endif %}"
-)
+# -------------------------------------------------------- processes
+def start_processes() -> torch.device:
+    """Joins torchrun's processes, or is a group of one."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: fewer faults, fewer holes
+    gpu, index = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    if gpu:
+        torch.cuda.set_device(index)
+    if not dist.is_initialized():
+        alone = dict(store=dist.HashStore(), rank=0, world_size=1)
+        group = {} if "WORLD_SIZE" in os.environ else alone
+        patience = timedelta(hours=4)  # ranks wait for one another's samples and files
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=patience, **group)
+    return torch.device("cuda", index) if gpu else torch.device("cpu")
 
 
+def gather(value=None) -> list:
+    """Every rank's value, in order. Waits for all of them."""
+    dist.all_gather_object(values := [None] * dist.get_world_size(), value)
+    return values
+
+
+def say(text: str) -> None:
+    """Prints on rank 0. No terminal ends a run: neither one that is not UTF-8 nor one that left."""
+    if dist.get_rank() == 0:
+        letters = getattr(sys.stdout, "encoding", None) or "utf-8"
+        with contextlib.suppress(OSError):
+            print(text.encode(letters, "backslashreplace").decode(letters), flush=True)
+
+
+def seed_of(*parts) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
+
+
+# -------------------------------------------------------- what a row says
 SPOKEN = ("content", "reasoning_content", "reasoning", "thinking", "tool_calls")  # by a turn
 UNREAD = "instruction input history context documents tools images".split()  # they would speak
-BLANK = r"[\s\U000f0000\U000f0001]"  # white space, and the marks of mark_control_tokens
-
-
-class Row(NamedTuple):
-    number: int  # in its source, from 1
-    prompt: array  # ids; the same for all responses, y' too
-    chosen: array
-    rejected: array
-    generated: list[list[int]] = ()  # samples y' ~ pi_t: ids, never decoded and encoded again
-    logps: list[float] = ()  # log pi_t of chosen, rejected, and each sample
-
-
-def pinned(source: str) -> tuple[str, str]:  # a name and its revision
-    name, _, revision = (source, "", "") if os.path.exists(source) else source.partition("@")
-    return name, revision or "main"
 
 
 def parsed(row):
@@ -278,6 +293,24 @@ def conversations(row) -> list[list[dict]]:
         both.append([*asked, answer])
     require(both[0][:-1] == both[1][:-1], "chosen and rejected have different prompts", ValueError)
     return both
+
+
+# -------------------------------------------------------- from text to ids
+PLAIN_TEMPLATE = (  # for a tokenizer without a chat template; the rounds are saved with it
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}:\n{{ m.content }}"
+    "{{ eos_token if m.role == 'assistant' }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
+BLANK = r"[\s\U000f0000\U000f0001]"  # white space, and the marks of mark_control_tokens
+
+
+class Row(NamedTuple):
+    number: int  # in its source, from 1
+    prompt: array  # ids; the same for all responses, y' too
+    chosen: array
+    rejected: array
+    generated: list[list[int]] = ()  # samples y' ~ pi_t: ids, never decoded and encoded again
+    logps: list[float] = ()  # log pi_t of chosen, rejected, and each sample
 
 
 def render(tokenizer, stops: set[int], now, turns: list[dict], **options) -> str:
@@ -337,6 +370,12 @@ def encode(row, number: int, tokenizer, stops: set[int], config: Config, now=Non
     return Row(number, *(array("i", ids) for ids in (prompt, *responses)))
 
 
+# -------------------------------------------------------- rows
+def pinned(source: str) -> tuple[str, str]:  # a name and its revision
+    name, _, revision = (source, "", "") if os.path.exists(source) else source.partition("@")
+    return name, revision or "main"
+
+
 def read(source: str, config: Config):
     """The rows of a data set as they stand, dicts or lines."""
     (name, revision), path = pinned(source), Path(source)
@@ -375,40 +414,7 @@ def load_rows(source: str, tokenizer, stops, config: Config, now=None) -> tuple[
     return rows, dropped
 
 
-# -------------------------------------------------------- processes
-def start_processes() -> torch.device:
-    """Joins torchrun's processes, or is a group of one."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: fewer faults, fewer holes
-    gpu, index = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
-    if gpu:
-        torch.cuda.set_device(index)
-    if not dist.is_initialized():
-        alone = dict(store=dist.HashStore(), rank=0, world_size=1)
-        group = {} if "WORLD_SIZE" in os.environ else alone
-        patience = timedelta(hours=4)  # ranks wait for one another's samples and files
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=patience, **group)
-    return torch.device("cuda", index) if gpu else torch.device("cpu")
-
-
-def gather(value=None) -> list:
-    """Every rank's value, in order. Waits for all of them."""
-    dist.all_gather_object(values := [None] * dist.get_world_size(), value)
-    return values
-
-
-def say(text: str) -> None:
-    """Prints on rank 0. No terminal ends a run: neither one that is not UTF-8 nor one that left."""
-    if dist.get_rank() == 0:
-        letters = getattr(sys.stdout, "encoding", None) or "utf-8"
-        with contextlib.suppress(OSError):
-            print(text.encode(letters, "backslashreplace").decode(letters), flush=True)
-
-
-def seed_of(*parts) -> int:
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
-
-
-# -------------------------------------------------------- the model, and log pi(y|x)
+# -------------------------------------------------------- log pi(y|x)
 class Scorer(nn.Module):
     """A language model whose forward is log pi(y|x): the one place where anything is scored.
     Sharing writes [x, y+, y-, y'] in one row, so that the prompt is computed once: positions
@@ -483,6 +489,7 @@ def hide(segments: Tensor) -> Tensor:
     return ~seen * torch.finfo(torch.bfloat16).min  # a finite number in every precision
 
 
+# -------------------------------------------------------- weights
 def load_model(config: Config):
     """The language model and its tokenizer. A plan, and every rank but the first, take the model's
     shape alone. Raises ValueError for what is no whole causal language model."""
@@ -535,7 +542,14 @@ def local(tensor: Tensor) -> Tensor:  # this rank's part of it, the same memory
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-# -------------------------------------------------------- a run, and files that survive a kill
+def least(lm: nn.Module, *names: str) -> float:
+    """The smallest limit that the config of any module sets under one of these names."""
+    configs = {id(c): c for m in lm.modules() if (c := getattr(m, "config", None))}.values()
+    limits = [getattr(config, name, None) for config in configs for name in names]
+    return min([x for x in limits if isinstance(x, int) and x > 0], default=math.inf)
+
+
+# -------------------------------------------------------- files that survive a kill
 def seal(path: Path, content, key: str = "") -> None:
     """Writes a file, then its sha256 and what it belongs to. A kill leaves the old or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -572,6 +586,7 @@ def lock(path: Path) -> bool:
     return False
 
 
+# -------------------------------------------------------- a run, and where it stands
 @dataclasses.dataclass
 class Run:
     config: Config
@@ -656,24 +671,6 @@ class Run:
             for old in {*folder.glob("*-*")} - {*folder.glob(f"{number}-*")}:
                 old.unlink()
 
-    @contextlib.contextmanager
-    def averaged(self):
-        """The averaged weights stand in the model, and the last ones in their place."""
-        pi_t, weights = self.state["pi_t"], self.scorer.parameters()
-        shards = [local(weight.detach()) for weight in weights if weight.requires_grad]
-
-        def swap() -> None:
-            for shard, mean in zip(shards, self.average):
-                last = shard.clone()
-                shard.copy_(mean)
-                mean.copy_(last)
-
-        swap()
-        self.state["pi_t"] = self.scorer.sha256()
-        yield
-        swap()
-        self.state["pi_t"] = pi_t
-
     def save_model(self, name: str) -> None:
         """OUT/NAME, a Hugging Face folder, in the precision that computed."""
         whole, lm = StateDictOptions(full_state_dict=True, cpu_offload=True), self.scorer.lm
@@ -696,13 +693,6 @@ class Run:
 
 
 # -------------------------------------------------------- self-play: y' ~ pi_t, and log pi_t
-def least(lm: nn.Module, *names: str) -> float:
-    """The smallest limit that the config of any module sets under one of these names."""
-    configs = {id(c): c for m in lm.modules() if (c := getattr(m, "config", None))}.values()
-    limits = [getattr(config, name, None) for config in configs for name in names]
-    return min([x for x in limits if isinstance(x, int) and x > 0], default=math.inf)
-
-
 def own_logp(lm: nn.Module, prompt, response) -> Tensor:
     """log pi(y|x) by the model's own logits; the first token's as generate() sees them."""
     ids, start = torch.tensor([[*prompt, *response]], device=lm.device), len(prompt)
@@ -792,7 +782,7 @@ def play(run: Run, rows: list[Row], name: str) -> list[Row]:
     return [Row(*row[:4], *told[row.number]) for row in rows]
 
 
-# -------------------------------------------------------- training
+# -------------------------------------------------------- the loss of a batch
 COLUMNS = "loss preference critic accuracy margin logp_chosen logp_rejected logp_generated kl"
 
 
@@ -833,6 +823,7 @@ def accumulate(run: Run, batch: list[Row]) -> list[dict]:
     return sum(gather(values), [])
 
 
+# -------------------------------------------------------- the steps of a round
 def batches_of(run: Run, rows: list[Row]) -> list[list[Row]]:
     """The steps of a round, in an order of (seed, round, epoch); an epoch's last may be smaller."""
     number, size, batches = run.state["round"], run.config.batch, []
@@ -916,17 +907,37 @@ def check_step(run: Run, values: list[dict], norm: float) -> None:
 
 
 # -------------------------------------------------------- what a person sees
+@contextlib.contextmanager
+def averaged(run: Run):
+    """The averaged weights stand in the model, and the last ones in their place."""
+    pi_t, weights = run.state["pi_t"], run.scorer.parameters()
+    shards = [local(weight.detach()) for weight in weights if weight.requires_grad]
+
+    def swap() -> None:
+        for shard, mean in zip(shards, run.average):
+            last = shard.clone()
+            shard.copy_(mean)
+            mean.copy_(last)
+
+    swap()
+    run.state["pi_t"] = run.scorer.sha256()
+    yield
+    swap()
+    run.state["pi_t"] = pi_t
+
+
 def evaluate(run: Run) -> None:
     """Logs what a round's last weights, and the averaged ones, are worth."""
     number, spent = run.state["round"], {k: run.state[k] for k in ("seconds", "peak_bytes")}
     means = judge(run, f"heldout-{number}")
     if run.average:
-        with run.averaged():
+        with averaged(run):
             run.save_model("average")
-            averaged = judge(run, f"average-{number}")
-        means |= {f"average_{name}": value for name, value in averaged.items()}
+            means |= {f"average_{k}": v for k, v in judge(run, f"average-{number}").items()}
     means["max_implied_reward"] = run.state["largest"]
     run.log("log.jsonl", {"event": "round", "round": number} | means | spent)
+    if number and dist.get_rank() == 0:
+        draw_curves(run)
 
 
 def judge(run: Run, name: str) -> dict:
@@ -957,25 +968,38 @@ def judge(run: Run, name: str) -> dict:
     return means
 
 
+WORTH = {"reward": "true reward / best, on new prompts", "finished": "share of finished answers",
+         "heldout_implied": "share of held-out pairs that are told apart"}  # fmt: skip
+
+
 def draw_curves(run: Run) -> None:
-    """curves.png: what each round's model is worth, and each term of the loss step by step."""
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    panels = {
-        ("round", "share"): "reward average_reward outside heldout_implied finished",
-        ("step", "preference term (nats)"): "preference",
-        ("step", "critic's term before 1 / lam (nats)"): "critic",
-        ("step", "margin, KL(pi_t || pi) (nats)"): "margin kl",
-    }
-    for ax, ((kind, label), names) in zip(figure.subplots(2, 2).flat, panels.items()):
-        drawn = [line for line in run.state["logs"]["log.jsonl"] if line["event"] == kind]
-        for name in [name for name in names.split() if name in drawn[-1]]:  # none in round 0
-            ax.plot([line.get(name, math.nan) for line in drawn], ".-", label=name)
-        ax.set(xlabel=f"{kind}, from the start", ylabel=label)
+    """curves.png: what each round's weights are worth, thick the averaged ones, dashed where the
+    run --beside ended; and each term of the loss step by step."""
+    logged, other = run.state["logs"]["log.jsonl"], Path(run.config.beside)
+    rounds, steps = ([x for x in logged if x["event"] == kind] for kind in ("round", "step"))
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    ax, *others = figure.subplots(2, 2).flat
+    fact = next(name for name in ("reward", "heldout_implied", "finished") if name in rounds[-1])
+    for key, width, which in ((f"average_{fact}", 3, "averaged"), (fact, 1, "last")):
+        curve = [line.get(key, math.nan) for line in rounds]
+        ax.plot(curve, "o-", color="#0072B2", lw=width, label=f"{run.out.name}, {which} weights")
+        if run.config.beside:
+            told = map(json.loads, (other / "log.jsonl").read_text().splitlines())
+            *_, end = (line.get(key, math.nan) for line in told if line["event"] == "round")
+            label = f"{other.name}'s end, {which} weights"
+            ax.axhline(end, color="#D55E00", ls="--", lw=width, label=label)
+    ax.set(xlabel="round", ylabel=WORTH[fact])
+    for ax, names in zip(others, ("preference", "critic", "margin kl")):
+        for name in names.split():
+            ax.plot([line[name] for line in steps], lw=1, label=name)
+        ax.set(xlabel="step, from round 1 on", ylabel="nats")
+    for ax in figure.axes:
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend(frameon=False)
     figure.savefig(run.out / "curves.png", dpi=100)
 
 
+# -------------------------------------------------------- the plan
 def plan(run: Run) -> int:
     """Says what will be done and what it takes; returns the bytes of disk. Refuses rows that the
     model cannot read."""
@@ -1016,20 +1040,8 @@ def plan(run: Run) -> int:
 
 
 # -------------------------------------------------------- the story
-def main(config: Config) -> None:
-    device, out = start_processes(), Path(config.out)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: leaving.append(number))
-    transformers.utils.logging.disable_progress_bar()
-    say(f"preset {config.preset} (tiny: a world of ours, mistral-7b: your model, pairs), in {out}")
-    free = config.dry_run or dist.get_rank() > 0 or lock(out / "lock")
-    require(all(gather(free)), f"{out} is in use by another run: let it end, or use a new --out")
-    page, held = out / "state" / "page", None
-    if page.exists() or (out / "log.jsonl").exists():
-        held = require(unseal(page), f"{page} {DAMAGED}")
-    began = gather(held["began"] if held else datetime.now().isoformat())[0]
-
-    # Where self-play starts, and what it learns from.
+def prepare(config: Config, began: str) -> Run:
+    """Where self-play starts, and what it learns from; began: when, for templates that tell it."""
     lm = tokenizer = problem = None
     try:
         lm, tokenizer = load_model(config)
@@ -1041,10 +1053,11 @@ def main(config: Config) -> None:
     end = lm.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
     require(tokenizer.eos_token_id in stops, "the tokenizer has no end-of-sequence token")
-    now = datetime.fromisoformat(began).strftime  # what a template may print stays the first day's
-    rows, dropped = load_rows(config.data, tokenizer, stops, config, now)
+    load = partial(load_rows, tokenizer=tokenizer, stops=stops, config=config)
+    now = datetime.fromisoformat(began).strftime
+    rows, dropped = load(config.data, now=now)
     if config.heldout_data:
-        heldout, more = load_rows(config.heldout_data, tokenizer, stops, config, now)
+        heldout, more = load(config.heldout_data, now=now)
         dropped += more
     else:
         wish = min(500, len(rows) // 10) if config.heldout < 0 else config.heldout
@@ -1052,29 +1065,44 @@ def main(config: Config) -> None:
         out_of_training = {row.number for row in heldout}
         rows = [row for row in rows if row.number not in out_of_training]
     rows = rows[: config.rows or None]
+    if config.lam is None:
+        config = dataclasses.replace(config, lam=LAM * math.sqrt(len(rows)))
     state = dict(round=0, step=0, saves=0, pi_t="", largest=0.0, noise=0.0, began=began, first={})
     state["logs"] = {"log.jsonl": [], "samples.jsonl": [], "dropped.jsonl": dropped}
     state |= {"seconds": {}, "peak_bytes": {}}
-    run = Run(config, out, Scorer(lm), tokenizer, stops, rows, heldout, state)
+    return Run(config, Path(config.out), Scorer(lm), tokenizer, stops, rows, heldout, state)
+
+
+def main(config: Config) -> None:
+    device, out, held = start_processes(), Path(config.out), None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: leaving.append(number))
+    transformers.utils.logging.disable_progress_bar()
+    say(f"preset {config.preset} (tiny: a world of ours, mistral-7b: your model, pairs), in {out}")
+    free = config.dry_run or dist.get_rank() > 0 or lock(out / "lock")
+    require(all(gather(free)), f"{out} is in use by another run: let it end, or use a new --out")
+    page = out / "state" / "page"
+    if page.exists() or (out / "log.jsonl").exists():
+        held = require(unseal(page), f"{page} {DAMAGED}")
+    beside = not config.beside or (Path(config.beside) / "log.jsonl").exists()
+    require(beside, f"--beside {config.beside} holds no run: it has no log.jsonl")
+    run = prepare(config, gather(held["began"] if held else datetime.now().isoformat())[0])
     need = plan(run)
     if config.dry_run:
         return
-
-    # A new run, or the same one further on.
     shard(run.scorer, device, config)
+    state = run.state
     state["pi_t"] = run.scorer.sha256()
-    saved = run.open_folder(held, need)
+    saved = run.open_folder(held, need)  # a new run, or the same one further on
     check_model(run)
     run.charge("load")
 
     while state["round"] <= config.rounds:
-        played = play(run, rows, f"round-{state['round']}") if state["round"] else rows
+        played = play(run, run.rows, f"round-{state['round']}") if state["round"] else run.rows
         train(run, played, saved)
         run.save_model(f"round-{state['round']}")
         state |= {"step": 0, "pi_t": run.scorer.sha256()}
         evaluate(run)
-        if state["round"] and dist.get_rank() == 0:
-            draw_curves(run)
         saved, state["round"] = None, state["round"] + 1
         state |= {"largest": 0.0, "seconds": {}, "peak_bytes": {}}
         run.save_state()
@@ -1083,7 +1111,11 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     try:
-        main(parse())
+        config = parse()
+        if len(sys.argv) == 1:  # the story: DPO beside SPAC
+            main(parse(DPO))
+            config = dataclasses.replace(config, beside=parse(DPO).out)
+        main(config)
         dist.destroy_process_group()  # or gloo's threads may outlive the interpreter, and abort it
     except OSError as error:
         raise SystemExit(f"{error}\nMend this, then the same command goes on") from None
