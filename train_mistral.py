@@ -1,15 +1,28 @@
 """SPAC on causal language models: offline preference pairs in, aligned rounds out.
 
-    python train_mistral.py                 a tiny Mistral whose true reward is known
+    python train_mistral.py                 a tiny Mistral whose true reward is known, beside DPO
     torchrun --nproc_per_node 8 train_mistral.py --preset mistral-7b --model .. --data .. --out OUT
 
 Round t: play() draws a true sample y' ~ pi_t for every prompt and keeps log pi_t of (chosen,
 rejected, y'); train() starts pi at pi_t and descends spac.spac_loss. Those numbers are all that is
-left of pi_t: no second model is in memory. Round 0 is the start, or a short SFT. A pair is a line
-{"prompt": "Hi", "chosen": "Hello!", "rejected": "Go."}, or with lists of role/content messages for
-texts, or with whole conversations as chosen and rejected. OUT gets round-N (Hugging Face folders),
-log.jsonl, curves.png, samples.jsonl, dropped.jsonl (rows not used, and why), run.json, and what a
-restart needs: after a kill, Ctrl-C or SIGTERM the same command goes on.
+left of pi_t: no second model is in memory. Round 0 is the start, or a short SFT. This file, in the
+order in which data flow:
+
+    Config, parse           what can be set                      CopyDigits    tiny's world
+    load_rows               pairs as text -> ids                 conversations, encode
+    Scorer                  log pi(y|x), the one place           lay_out, hide
+    load_model, shard       weights, over the cards
+    Run                     where it stands, through any kill    seal, unseal
+    play                    y' ~ pi_t, and log pi_t of all       sample, check_model
+    train                   spac.spac_loss, step by step         losses, accumulate
+    evaluate                what a round's weights are worth     judge, draw_curves
+    plan, prepare, main     the story
+
+A pair is a line {"prompt": "Hi", "chosen": "Hello!", "rejected": "Go."}, or with lists of
+role/content messages for texts, or with whole conversations as chosen and rejected. OUT gets
+round-N and average (Hugging Face folders), log.jsonl, curves.png, samples.jsonl, dropped.jsonl
+(rows not used, and why), run.json, and what a restart needs: after a kill, Ctrl-C or SIGTERM the
+same command goes on.
 
 What fits where: fp32 master weights are sharded by FSDP2; layers compute in bf16 (--bf16, on a GPU
 by default) and once more in the backward pass (--recompute). Bytes a parameter over all cards: 4
