@@ -1079,7 +1079,7 @@ def prepare(config: Config, began: str) -> Run:
         rows = [row for row in rows if row.number not in out_of_training]
     rows = rows[: config.rows or None]
     if config.lam is None:
-        config = dataclasses.replace(config, lam=LAM * math.sqrt(len(rows)))
+        config = dataclasses.replace(config, lam=round(LAM * math.sqrt(len(rows)), 2))
     state = dict(round=0, step=0, saves=0, pi_t="", largest=0.0, noise=0.0, began=began, first={})
     state["logs"] = {"log.jsonl": [], "samples.jsonl": [], "dropped.jsonl": dropped}
     state |= {"seconds": {}, "peak_bytes": {}}
