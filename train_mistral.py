@@ -88,7 +88,8 @@ TOLERANCE = {False: 1e-4, True: 0.1}  # of log pi in fp32, bf16: rms of nats / r
 LAM = 0.8  # times the root of the pairs: --lam by rule
 ADAFACTOR = 50  # times AdamW's rate: its step is a share of a matrix's rms, .02 in a new model
 FREE = {"rounds", "micro_batch", "recompute", "checkpoint_every", "beside"}  # on a restart
-DPO = "--out out/tiny-dpo --lam inf --rounds 1 --epochs 10".split()  # as many steps as tiny's
+DPO = "--out out/tiny-dpo --lam inf --rounds 1 --epochs 10 --lr 3e-4 --beta .1".split()
+# as many steps as tiny's, at the best rate and beta of DPO's grid in this world (study_worlds.py)
 DAMAGED = "is damaged or missing. Go on from the last round in a new folder: --model OUT/round-N"
 LEFT = "asked to stop: what is done is saved, the same command goes on from here"
 leaving = []  # signals that asked to stop
@@ -120,8 +121,8 @@ class Config:
     heldout_data: str = option("", "", "such rows from another file instead")
     max_prompt: int = option(8, 512, "tokens of a prompt; a longer one loses its start", above=1)
     max_response: int = option(8, 512, "tokens of a response, y' too; a longer one is cut")
-    rounds: int = option(5, 3, "rounds of self-play")
-    epochs: int = option(2, 1, "passes over the pairs in a round")
+    rounds: int = option(10, 3, "rounds of self-play")
+    epochs: int = option(1, 1, "passes over the pairs in a round")
     sft_epochs: int = option(10, 0, "supervised passes over both responses, as round 0", above=-1)
     sft_lr: float = option(3e-3, 1e-5, "learning rate of those")
     beta: float = option(0.3, 0.1, "1 / eta: reward per nat of log-ratio to pi_t")
@@ -129,7 +130,7 @@ class Config:
                         "of the pairs", most=math.inf)  # fmt: skip
     critic: str = option("smoothed", "smoothed", "the doubt: Eq. 30 or Eq. 29", list(CRITICS))
     optimizer: str = option("adamw", "adamw", "adafactor: less memory", list(OPTIMIZERS))
-    lr: float = option(3e-4, 5e-7, f"peak of warm-up and cosine; x {ADAFACTOR} for adafactor")
+    lr: float = option(1e-3, 5e-7, f"peak of warm-up and cosine; x {ADAFACTOR} for adafactor")
     warmup: float = option(0.1, 0.1, "share of a round's steps that warm up", above=-1e-9, most=1)
     clip: float = option(1.0, 1.0, "largest gradient norm")
     average: float = option(0.5, 0.5, "steps in OUT/average, share of all; 0: none", above=-1e-9)
