@@ -1291,7 +1291,7 @@ def test_the_story_runs_every_experiment_and_returns_its_verdict(tmp_path, monke
 def test_the_series_counts_violations_and_pessimism_run_by_run(rng, monkeypatch):
     """Against the same data by hand; with the bound divided by 40, or no slack, it reports so."""
     worlds = bandit.random_instances(4, rng).repeat(6)
-    points = [(worlds, 60, 50)]
+    points = [(worlds, [60], 50)]
     found = bandit.series(points, np.random.default_rng(5))
     wins = bandit.sample_wins(worlds, 60, np.random.default_rng(5))
     promise = bandit.theorem(worlds, wins, 50)
@@ -1347,12 +1347,12 @@ def test_a_run_that_ends_in_no_number_counts_as_a_violation(rng, monkeypatch):
 
     def broken(*args, **kwargs):
         run = honest(*args, **kwargs)
-        run.mixture[0, 1] = math.nan
+        run.mixture[0, 0, 1] = math.nan
         return run
 
-    found = bandit.series([(worlds, 3000, 20)], np.random.default_rng(0))
+    found = bandit.series([(worlds, [3000], 20)], np.random.default_rng(0))
     monkeypatch.setattr(bandit, "run_spac_t", broken)
-    spoilt = bandit.series([(worlds, 3000, 20)], np.random.default_rng(0))
+    spoilt = bandit.series([(worlds, [3000], 20)], np.random.default_rng(0))
     assert found["violations"] == [0] and spoilt["violations"] == [1]
 
 
