@@ -511,24 +511,24 @@ def rates(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
     gaps = [2 / 10 ** (k / 4) for k in range(9)]
     pairs = [bandit.single_prompt([0.2, 0.8], [1 + gap / 2, 1 - gap / 2]) for gap in gaps]
     worlds = bandit.Instance(*(torch.stack(column) for column in list(zip(*pairs))[:3]))
-    in_n = bandit.series([(worlds.repeat(16 if quick else 40), n, n // 10) for n in ns], rng)
+    in_n = bandit.series([(worlds.repeat(16 if quick else 40), [n], n // 10) for n in ns], rng)
     Ts, worlds = (
         [10, 30, 100, 300, 1000],
         bandit.random_instances(20, rng).repeat(4 if quick else 10),
     )
-    in_T = bandit.series([(worlds, 100_000, T) for T in Ts], rng)
+    in_T = bandit.series([(worlds, [100_000], T) for T in Ts], rng)
     worst = {k: [e[:, e.mean(0).argmax()] for e in in_n[k]] for k in ("mixture", "last")}
     slopes = {key: bandit.slope(ns, errors, rng) for key, errors in worst.items()}
     values = {key: interval[0] for key, interval in slopes.items()}
     claims = bandit.judge("rate_in_n", values, int(sum(in_n["runs"])), EXPECTED)
-    ratios = [m.mean().item() / term for m, term in zip(in_T["mixture"], in_T["regret_term"])]
+    ratios = [m.mean().item() / term for m, term in zip(in_T["mixture"], in_T["regret"])]
     claims |= bandit.judge(
         "rate_in_rounds", {"error/term": max(ratios)}, int(sum(in_T["runs"])), EXPECTED
     )
     lines = {"SPAC-T, mixture": worst["mixture"], "SPAC-T, last": worst["last"]}
     lines |= {"slope -1/2": [2 / math.sqrt(n) for n in ns]}
     means = [m.mean(1) for m in in_T["mixture"]]
-    terms = {"theory's term Reg_T": in_T["regret_term"], "SPAC-T, mixture": means}
+    terms = {"theory's term Reg_T": in_T["regret"], "SPAC-T, mixture": means}
     panels = (
         bandit.panel("pairs (n), the worst gap", ns, lines),
         bandit.panel("rounds (T)", Ts, terms),
@@ -541,7 +541,8 @@ def coverage(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
     seeds, rounds, Ks = (12, 300, [1, 4, 16]) if quick else (100, 600, [1, 2, 4, 8, 16, 32])
     names = ("SPAC plain", "DPO", "IPO", "RLHF greedy")
     lines, _ = bandit.contest([(bandit.rare(3000, K), 3000) for K in Ks], names, seeds, rng)
-    found = bandit.series([(bandit.rare(3000, K).repeat(seeds), 3000, rounds) for K in Ks], rng)
+    worlds = [bandit.rare(3000, K).repeat(1).repeat(seeds) for K in Ks]
+    found = bandit.series([(world, [3000], rounds) for world in worlds], rng)
     ratios = [m.mean().item() / b for m, b in zip(found["mixture"], found["bound"])]
     value = {"error/bound": max(ratios), "growth": ratios[-1] / ratios[0]}
     value |= {"error/start": max(m.mean().item() for m in found["mixture"]) / found["start"][0]}
