@@ -79,7 +79,7 @@ from transformers.utils import chat_template_utils as chats
 
 import spac
 
-CRITICS = {"smoothed": spac.smoothed_critic, "linear": spac.linear_critic}
+CRITICS = {name: getattr(spac, f"{name}_critic") for name in ("smoothed", "linear", "proximal")}
 FUSED = partial(torch.optim.AdamW, fused=True)  # one pass over the weights, on a CPU too
 OPTIMIZERS = {"adamw": FUSED, "adafactor": torch.optim.Adafactor}
 SFT_MODEL = "alignment-handbook/zephyr-7b-sft-full@ac6e600eefcce74f5e8bae1035d4f66019e93190"
@@ -128,7 +128,7 @@ class Config:
     beta: float = option(0.3, 0.1, "1 / eta: reward per nat of log-ratio to pi_t")
     lam: float = option(None, None, f"weight of the data; inf: no critic; None: {LAM} x the root "
                         "of the pairs", most=math.inf)  # fmt: skip
-    critic: str = option("smoothed", "smoothed", "the doubt: Eq. 30 or Eq. 29", list(CRITICS))
+    critic: str = option("smoothed", "smoothed", "the doubt: Eq. 30, 29, or 39", list(CRITICS))
     optimizer: str = option("adamw", "adamw", "adafactor: less memory", list(OPTIMIZERS))
     lr: float = option(1e-3, 5e-7, f"peak of warm-up and cosine; x {ADAFACTOR} for adafactor")
     warmup: float = option(0.1, 0.1, "share of a round's steps that warm up", above=-1e-9, most=1)

@@ -158,7 +158,7 @@ def test_without_its_mask_a_shared_row_is_wrong(monkeypatch):
     assert (tm.Scorer(lm, sharing=True)(item) - good).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("critic", ["smoothed", "linear"])
+@pytest.mark.parametrize("critic", tm.CRITICS)
 def test_the_loss_of_a_batch_is_spacs(critic):
     rows = rows_of(6)
     run, played = run_of(small_model(), rows, critic=critic, lam=3.0), fake_play(rows)
