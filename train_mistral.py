@@ -982,7 +982,7 @@ def judge(run: Run, name: str) -> dict:
     return means
 
 
-WORTH = {"reward": "true reward / best, on new prompts", "finished": "share of finished answers",
+WORTH = {"reward": "true reward / best", "finished": "share of finished answers",
          "heldout_implied": "share of held-out pairs that are told apart"}  # fmt: skip
 
 
@@ -1009,7 +1009,7 @@ def draw_curves(run: Run) -> None:
         ax.set(xlabel="step, from round 1 on", ylabel="nats")
     for ax in figure.axes:
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.legend(frameon=False)
+        ax.legend(frameon=False, ncols=2, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.savefig(run.out / "curves.png", dpi=100)
 
 
@@ -1034,7 +1034,7 @@ def plan(run: Run) -> int:
         f"{tokens:,} tokens a round, and the samples'; processes: {world}")  # fmt: skip
     if steps < 20:
         say(f"    {steps} steps a round teach little: lower --batch, or raise --epochs or --lr")
-    if len(run.heldout) > len(run.rows) / 4:
+    if config.data and len(run.heldout) > len(run.rows) / 4:
         say("    more than a fifth of the pairs is held out: lower --heldout")
     room, known = least(lm, "max_position_embeddings"), len(lm.get_input_embeddings().weight)
     for row in run.rows + run.heldout:
