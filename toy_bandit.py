@@ -686,7 +686,7 @@ def price(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
     known, plain, free = errors.mean(-1)[:3]
     value = {"slope": slope(Cs, lines["SPAC theorem"][: len(Cs)], rng)[0]}
     value |= {"plain": (plain / known)[len(Cs) - 1].item(), "no_C": (free / known).max().item()}
-    lines["SPAC theorem (knows r*)"] = lines.pop("SPAC theorem")
+    lines["SPAC theorem, has r*"] = lines.pop("SPAC theorem")
     lines["lower bound"], cut = floor, len(Cs)
     in_C, in_n = {k: v[:cut] for k, v in lines.items()}, {k: v[cut:] for k, v in lines.items()}
     panels = [panel("coverage (C), n = 30,000", Cs, in_C), panel("pairs (n), C = 50", ns, in_n)]

@@ -1370,7 +1370,7 @@ def test_the_floor_is_asked_of_methods_that_are_told_no_reward(rng, monkeypatch)
         monkeypatch.setattr(bandit, "contest", partial(contest, perfect))
         claims, pictures = bandit.price(True, rng)
         assert claims["lower_bound"]["holds"] == holds
-        assert all("SPAC theorem (knows r*)" in p["lines"] for p in pictures["panels"])
+        assert all("SPAC theorem, has r*" in p["lines"] for p in pictures["panels"])
 
 
 def test_a_run_that_ends_in_no_number_counts_as_a_violation(rng, monkeypatch):
