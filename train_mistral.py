@@ -996,7 +996,7 @@ def draw_curves(run: Run) -> None:
     fact = next(name for name in ("reward", "heldout_implied", "finished") if name in rounds[-1])
     for key, width, which in ((f"average_{fact}", 3, "averaged"), (fact, 1, "last")):
         curve = [line.get(key, math.nan) for line in rounds]
-        ax.plot(curve, "o-", color="#0072B2", lw=width, label=f"{run.out.name}, {which} weights")
+        ax.plot(curve, "o-", color="#0072B2", lw=width, label=f"{which} weights")
         if run.config.beside:
             told = map(json.loads, (other / "log.jsonl").read_text().splitlines())
             *_, end = (line.get(key, math.nan) for line in told if line["event"] == "round")
