@@ -88,8 +88,8 @@ TOLERANCE = {False: 1e-4, True: 0.1}  # of log pi in fp32, bf16: rms of nats / r
 LAM = 0.8  # times the root of the pairs: --lam by rule
 ADAFACTOR = 50  # times AdamW's rate: its step is a share of a matrix's rms, .02 in a new model
 FREE = {"rounds", "micro_batch", "recompute", "checkpoint_every", "beside"}  # on a restart
-DPO = "--out out/tiny-dpo --lam inf --rounds 1 --epochs 10 --lr 3e-4 --beta .1".split()
-# as many steps as tiny's, at the best rate and beta of DPO's grid in this world (study_worlds.py)
+DPO = "--out out/tiny-dpo --lam inf --rounds 1 --epochs 10 --lr 1e-3 --beta .03".split()
+# as many steps as tiny's, at the best cell of DPO's grid on 1,000 such pairs (study_worlds.py)
 DAMAGED = "is damaged or missing. Go on from the last round in a new folder: --model OUT/round-N"
 LEFT = "asked to stop: what is done is saved, the same command goes on from here"
 leaving = []  # signals that asked to stop
