@@ -592,7 +592,7 @@ MEASURED = {
             "worlds:data.methods.styles-1000.SPIN.average.reward.0; "
             "worlds:data.methods.copy-300.SPIN.average.reward.0"
         ),
-        "| the bound of the theorem holds | Eq. 10, 17, 20 | {0} violations in {5,000} runs |": (
+        "| the bound of the theorem holds | Eq. 10, 17, 20 | {0} violations in {5,400} runs |": (
             "toy_bandit:claims.bound_holds.value.violations; toy_bandit:claims.bound_holds.runs"
         ),
         (
