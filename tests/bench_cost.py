@@ -340,7 +340,7 @@ def play(lm, quick: bool, repetitions: int) -> dict:
     prompts = ragged(run, count, longest)
     answers = [tm.sample(run, prompts, seed) for seed in range(3)]
     logps = [-5.0 * longest] * 3
-    rows = [tm.Row(0, array("i", x), *ys, logps) for x, *ys in zip(prompts, *answers)]
+    rows = [tm.Row(0, array("i", x), *ys[:2], ys[2:], logps) for x, *ys in zip(prompts, *answers)]
     found = {"scoring": scoring(run, rows, repetitions), "batchmates": batchmates(run, rows)}
     few = max(1, repetitions // 2)
     return found | {"generation": generation(run, prompts, count // 2, few, time.process_time)}
