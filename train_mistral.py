@@ -982,27 +982,29 @@ def judge(run: Run, name: str) -> dict:
     return means
 
 
-WORTH = {"reward": "true reward / best", "finished": "share of finished answers",
-         "heldout_implied": "share of held-out pairs that are told apart"}  # fmt: skip
+def last_round(folder: str) -> dict | None:
+    """The newest of a run's logged rounds; a line that is still being written does not count."""
+    log = Path(folder) / "log.jsonl"
+    lines = [parsed(line) for line in log.read_bytes().splitlines()] if log.exists() else []
+    return next((x for x in lines[::-1] if isinstance(x, dict) and x.get("event") == "round"), None)
 
 
 def draw_curves(run: Run) -> None:
     """curves.png: what each round's weights are worth, thick the averaged ones, dashed where the
     run --beside ended; and each term of the loss step by step."""
-    logged, other = run.state["logs"]["log.jsonl"], Path(run.config.beside)
+    logged, other = run.state["logs"]["log.jsonl"], run.config.beside
     rounds, steps = ([x for x in logged if x["event"] == kind] for kind in ("round", "step"))
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     ax, *others = figure.subplots(2, 2).flat
     fact = next(name for name in ("reward", "heldout_implied", "finished") if name in rounds[-1])
+    ax.set(xlabel="round", ylabel=f"{fact} (1: the best)")
     for key, width, which in ((f"average_{fact}", 3, "averaged"), (fact, 1, "last")):
-        curve = [line.get(key, math.nan) for line in rounds]
-        ax.plot(curve, "o-", color="#0072B2", lw=width, label=f"{which} weights")
-        if run.config.beside:
-            told = map(json.loads, (other / "log.jsonl").read_text().splitlines())
-            *_, end = (line.get(key, math.nan) for line in told if line["event"] == "round")
-            label = f"{other.name}'s end, {which} weights"
-            ax.axhline(end, color="#D55E00", ls="--", lw=width, label=label)
-    ax.set(xlabel="round", ylabel=WORTH[fact])
+        if key in rounds[-1]:  # without --average there is no averaged one
+            curve = [line.get(key, math.nan) for line in rounds]
+            ax.plot(curve, "o-", color="#0072B2", lw=width, label=f"{which} weights")
+        if other and key in (end := last_round(other)):
+            label = f"{Path(other).name}'s end, {which} weights"
+            ax.axhline(end[key], color="#D55E00", ls="--", lw=width, label=label)
     for ax, names in zip(others, ("preference", "critic", "margin kl")):
         for name in names.split():
             ax.plot([line[name] for line in steps], lw=1, label=name)
@@ -1098,8 +1100,10 @@ def main(config: Config) -> None:
     page = out / "state" / "page"
     if page.exists() or (out / "log.jsonl").exists():
         held = require(unseal(page), f"{page} {DAMAGED}")
-    beside = not config.beside or (Path(config.beside) / "log.jsonl").exists()
-    require(beside, f"--beside {config.beside} holds no run: it has no log.jsonl")
+    beside = dist.get_rank() > 0 or not config.beside or last_round(config.beside)
+    require(
+        all(gather(beside)), f"--beside {config.beside} holds no run: its log.jsonl has no round"
+    )
     run = prepare(config, gather(held["began"] if held else datetime.now().isoformat())[0])
     need = plan(run)
     if config.dry_run:

@@ -1905,8 +1905,33 @@ def test_another_run_is_drawn_beside_and_must_be_one(straight, tmp_path, monkeyp
     )
     with pytest.raises(SystemExit, match="holds no run"):
         in_process([*argv, "--beside", str(tmp_path / "none")])
-    in_process([*argv, "--rounds", "3", "--beside", str(straight / "1")])
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "log.jsonl").write_text("".join(log.splitlines(True)[:2]))
+    with pytest.raises(SystemExit, match="its log.jsonl has no round"):
+        in_process([*argv, "--beside", str(other)])
+    (other / "log.jsonl").write_text(log + '{"event": "round", "rewa')  # it is still being written
+    in_process([*argv, "--rounds", "3", "--beside", str(other)])
     assert lines == [rounds[-1]["average_reward"], rounds[-1]["reward"]]
+
+
+def test_curves_show_the_rounds_last_and_averaged_weights_and_only_what_there_is(
+    straight, tmp_path, monkeypatch
+):
+    """The first panel's lines are the log's; without --average there is one."""
+    log = (straight / "1" / "log.jsonl").read_text().splitlines()
+    rounds = [x for x in map(json.loads, log) if x["event"] == "round"]
+    figures, real = [], tm.Figure
+    monkeypatch.setattr(tm, "Figure", lambda **k: figures.append(real(**k)) or figures[-1])
+    in_process([*copy_run(straight, tmp_path / "run"), "--rounds", "3"])
+    in_process([*SHORT, "--out", str(tmp_path / "none"), "--average", "0"])
+    with_average, without = ({x.get_label(): x.get_ydata() for x in f.axes[0].lines}
+                             for f in (figures[0], figures[-1]))  # fmt: skip
+    assert set(with_average) == {"averaged weights", "last weights"}
+    assert list(with_average["last weights"][:3]) == [x["reward"] for x in rounds]
+    mean = [x.get("average_reward", math.nan) for x in rounds]
+    assert list(with_average["averaged weights"][1:3]) == mean[1:] and math.isnan(mean[0])
+    assert set(without) == {"last weights"}
 
 
 def test_the_command_alone_runs_dpo_in_as_many_steps_and_draws_it_beside():
