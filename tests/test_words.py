@@ -664,6 +664,42 @@ def test_measured_numbers_of_the_prose_are_those_of_the_records(name):
         assert stale_figures(text, {f"{text[:6]}{{{text[6:9]}}} now": "x:claims.a"}, results)
 
 
+def unlike_the_records(block: str) -> list[str]:
+    """Lines of shown output that results/toy_bandit.json or the logs in results/tiny do not bear
+    out."""
+    claims, verdict, where, wrong = recorded()["toy_bandit"]["claims"], None, "", []
+    for line in block.splitlines():
+        words = line.split()
+        if words[0] in ("ok", "MISSED"):
+            verdict = claims[words[1]]
+            fine = verdict["holds"] == (words[0] == "ok") and words[2] == f"{verdict['runs']:,}"
+        elif "expected" in line:
+            low, high = verdict["limit"][words[0]]
+            fine = line.split("expected")[1].split() == [f"{low:g}", "to", f"{high:g}"]
+            fine &= words[1] == f"{verdict['value'][words[0]]:.4g}"
+        elif words[0] == "preset":
+            where, fine = "dpo_log" if line.endswith("-dpo") else "log", True
+        else:  # heldout-3 .. reward 0.9  outside 0.1
+            kind, number = words[0].split("-")
+            log = (ROOT / f"results/tiny/{where}.jsonl").read_text().splitlines()
+            rounds = [x for x in map(json.loads, log) if x["event"] == "round"]
+            (told,) = [x for x in rounds if x["round"] == int(number)]
+            before = {"heldout": "", "average": "average_"}[kind]
+            pairs = zip(words[2::2], words[3::2], strict=True)
+            fine = all(f"{told[before + name]:.3f}" == value for name, value in pairs)
+        wrong += [] if fine else [line]
+    return wrong
+
+
+def test_the_outputs_that_readme_shows_are_the_records(readme):
+    blocks = re.findall(r"^```\n(.*?)^```", readme, re.M | re.S)
+    shown = [b for b in blocks if re.match(r"ok |preset ", b)]
+    assert len(shown) == 2 and not any(map(unlike_the_records, shown))
+    for block, at in zip(shown, ("0.112", "0.914")):
+        planted = block.replace(at, f"{float(at) + 0.01:.3f}")
+        assert len(unlike_the_records(planted)) == 1  # control
+
+
 def test_the_ablations_caption_in_the_theory_is_the_records():
     rows = recorded()["practical"]["data"]["ablation"]["table"]
     base, soft = rows["base"], rows["smoothed, no box"]
