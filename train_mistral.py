@@ -44,6 +44,7 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -745,25 +746,44 @@ def check_model(run: Run) -> None:
     say("responses to a prompt " + ("share one row" if scorer.sharing else "take a row each"))
 
 
+def decode(lm: nn.Module, texts: list[list[int]], width: int, cache):
+    """Logits of what follows each text, left-padded to width: (B, V); and the cache. With a cache,
+    of all tokens but each text's last, the last alone is computed."""
+    new, takes = 1 if cache else width, inspect.signature(lm.forward).parameters
+    ids = torch.tensor([[0] * (new - len(x)) + x[-new:] for x in texts], device=lm.device)
+    place = (torch.arange(width) - torch.tensor([[width - len(x)] for x in texts])).to(ids)
+    more = dict(attention_mask=(place >= 0).long(), position_ids=place.clamp(min=0)[:, -new:])
+    more |= dict(next_sequence_length=new, cache=cache, is_first_iteration=not cache)
+    more |= dict(use_cache=True, logits_to_keep=1)
+    inputs = lm.prepare_inputs_for_generation(ids, **more)
+    told = lm(**{name: value for name, value in inputs.items() if name in takes})
+    return told.logits[:, -1], told.get("cache")
+
+
+@torch.no_grad()
 def sample(run: Run, prompts: list[array], seed: int) -> list[list[int]]:
-    """One true sample y ~ pi(.|x) a prompt: all that would bend it is off, and nothing comes from
-    the model's folder. An end token is there if it was sampled."""
-    lm, longest = run.scorer.lm.eval(), max(map(len, prompts))
-    room = min(run.config.max_response, least(lm, "max_position_embeddings") - longest)
-    ids = torch.tensor([[0] * (longest - len(x)) + list(x) for x in prompts], device=lm.device)
-    mask = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in prompts])
-    settings = GenerationConfig(
-        do_sample=True, temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0,
-        max_new_tokens=room, eos_token_id=[*run.stops], pad_token_id=0,
-    )  # fmt: skip
-    with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        theirs, lm.generation_config = lm.generation_config, GenerationConfig()  # fills gaps above
-        whole = lm.generate(ids, settings, attention_mask=mask.to(ids), synced_gpus=False)
-        lm.generation_config = theirs
-    drawn = whole[:, longest:].tolist()
-    ends = [next((i for i, t in enumerate(y, 1) if t in run.stops), len(y)) for y in drawn]
-    return [y[:end] for y, end in zip(drawn, ends)]
+    """One true sample y ~ pi(.|x) a prompt, from the logits alone; an end token is there if it was
+    drawn. A token is where the cumulative pi passes a uniform number of the row's own, so that no
+    company changes what a row says: rows that have ended leave, and cost nothing more."""
+    lm, width = run.scorer.lm.eval(), max(map(len, prompts))
+    room = min(run.config.max_response, least(lm, "max_position_embeddings") - width)
+    chances = [random.Random(seed_of(seed, i)) for i in range(len(prompts))]
+    texts, rows, cache = [[*x] for x in prompts], [*range(len(prompts))], None
+    for step in range(room):
+        logits, cache = decode(lm, [texts[i] for i in rows], width + step, cache)
+        cdf = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)
+        passed = cdf.new_tensor([[chances[i].random()] for i in rows]) * cdf[:, -1:]
+        tokens = torch.searchsorted(cdf, passed, right=True).flatten().tolist()
+        require(max(tokens) < cdf.shape[1], "a logit of the model is not finite")
+        for i, token in zip(rows, tokens):
+            texts[i].append(token)
+        going = [k for k, token in enumerate(tokens) if token not in run.stops]
+        rows = [rows[k] for k in going]
+        if not rows:
+            break
+        if cache and len(rows) < len(tokens):
+            cache.reorder_cache(torch.tensor(going, device=lm.device))
+    return [text[len(x) :] for text, x in zip(texts, prompts)]
 
 
 def play(run: Run, rows: list[Row], name: str) -> list[Row]:

@@ -428,29 +428,82 @@ def test_sampling_leaves_the_global_generator_alone_and_depends_on_the_seed():
     assert first == again != other
 
 
+def slow_samples(lm, prompts, seed, most=7, stops=(2,)):
+    """One prompt after another, each token from a fresh forward pass of all before it, no padding
+    and no cache: the token at which a uniform number is used up. And the log-softmax of each."""
+    answers, steps = [], []
+    for i, prompt in enumerate(prompts):
+        ids, chance = list(prompt), random.Random(tm.seed_of(seed, i))
+        answers.append(ids[len(prompt) :])
+        steps.append([])
+        while len(answers[i]) < most and not (answers[i] and answers[i][-1] in stops):
+            with torch.no_grad():
+                told = lm(torch.tensor([[*prompt, *answers[i]]])).logits[0, -1].double()
+            left = chance.random()
+            for token, p in enumerate(told.softmax(-1).tolist()):
+                left -= p
+                if left < 0:
+                    break
+            answers[i].append(token)
+            steps[i].append(told.log_softmax(-1))
+    return answers, steps
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(sliding_window=4), dict(kind=BloomConfig), dict(kind=MambaConfig, state_size=8)],
+    ids=["mistral", "window", "bloom", "mamba"],
+)
+def test_a_prompt_is_answered_as_if_it_were_alone_whatever_the_model_keeps_of_the_past(options):
+    """The last two take no mask of ours, and Mamba keeps no keys and values."""
+    lm, prompts = small_model(**options), [row.prompt for row in rows_of(12, longest=9)]
+    run = run_of(lm, [], max_response=20)
+    ours = tm.sample(run, prompts, seed=3)
+    assert ours == slow_samples(lm, prompts, 3, most=20)[0]
+    assert len(set(map(len, ours))) > 3 and 20 > min(map(len, ours))  # rows left at many steps
+    assert tm.sample(run, prompts[:5], seed=3) == ours[:5]
+    assert tm.sample(run, prompts, seed=4) != ours  # control: other numbers, other samples
+    with torch.no_grad():  # control: the padding, were it seen, would change what is said
+        blind = lm(torch.tensor([[0] * 9 + [*prompts[0]]])).logits[0, -1]
+        assert (blind - lm(torch.tensor([[*prompts[0]]])).logits[0, -1]).abs().max() > 1e-2
+
+
+def test_a_row_that_has_ended_is_computed_no_more():
+    lm, prompts, sizes = small_model(), [row.prompt for row in rows_of(12)], []
+    lm.register_forward_hook(
+        lambda *call: sizes.append(call[2]["input_ids"].shape), with_kwargs=True
+    )
+    ours = tm.sample(run_of(lm, [], max_response=20), prompts, seed=3)
+    assert sizes[0] == (12, max(map(len, prompts)))
+    assert {width for _, width in sizes[1:]} == {1}
+    assert sum(rows for rows, _ in sizes) == sum(map(len, ours))
+    assert sum(map(len, ours)) < 0.6 * 12 * max(map(len, ours))  # control: all rows to the end
+
+
+def test_logits_that_are_not_finite_end_the_sampling():
+    lm = small_model()
+    run = run_of(lm, [])
+    with torch.no_grad():
+        lm.get_output_embeddings().weight[5] = -math.inf  # control: a token that never comes
+        assert all(5 not in y for y in tm.sample(run, [[1, 7]] * 50, seed=0))
+        lm.get_output_embeddings().weight[5] = math.nan
+    with pytest.raises(SystemExit, match="not finite"):
+        tm.sample(run, [[1, 7]], seed=0)
+
+
 def test_the_score_of_sampled_ids_is_the_samplers_own_log_probability():
     rows, lm = rows_of(12), small_model()
-    run = run_of(lm, rows, generate_batch=12)
+    run = run_of(lm, rows)
     prompts = [r.prompt for r in rows]
-    ours = tm.sample(run, prompts, seed=3)
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(x)) + list(x) for x in prompts])
-    mask = (torch.arange(longest) >= torch.tensor([[longest - len(x)] for x in prompts])).long()
-    torch.manual_seed(3)
-    out = lm.generate(
-        ids, attention_mask=mask, max_new_tokens=7, do_sample=True, top_k=0, eos_token_id=2,
-        pad_token_id=2, output_logits=True, return_dict_in_generate=True,
-    )  # fmt: skip
-    drawn = out.sequences[:, longest:].tolist()
-    steps = torch.stack(out.logits, 1).double().log_softmax(-1)
+    ours, (drawn, steps) = tm.sample(run, prompts, seed=3), slow_samples(lm, prompts, 3)
     with torch.no_grad():
         scored = run.scorer([(x, [y]) for x, y in zip(prompts, ours)])[:, 0]
     for i, y in enumerate(ours):
-        assert y == drawn[i][: len(y)]  # the sampled ids, an end token only where it was drawn
-        assert (y[-1] == 2) == (2 in drawn[i]) and 2 not in y[:-1]
-        own = sum(steps[i, t, token] for t, token in enumerate(y)).item()
+        assert y == drawn[i]  # the sampled ids, an end token only where it was drawn
+        assert 2 not in y[:-1] and (y[-1] == 2 or len(y) == 7)
+        own = sum(steps[i][t][token] for t, token in enumerate(y)).item()
         assert scored[i].item() == pytest.approx(own, abs=1e-4)
-        cooled = sum((steps[i] / 0.5).log_softmax(-1)[t, token] for t, token in enumerate(y))
+        cooled = sum((steps[i][t] / 0.5).log_softmax(-1)[token] for t, token in enumerate(y))
         assert abs(scored[i].item() - cooled.item()) > 1e-3  # control: another temperature
 
 
