@@ -80,7 +80,7 @@ from transformers.utils import chat_template_utils as chats
 
 import spac
 
-CRITICS = {"smoothed": spac.smoothed_critic, "linear": spac.linear_critic}
+CRITICS = {name: getattr(spac, f"{name}_critic") for name in ("smoothed", "linear", "proximal")}
 FUSED = partial(torch.optim.AdamW, fused=True)  # one pass over the weights, on a CPU too
 OPTIMIZERS = {"adamw": FUSED, "adafactor": torch.optim.Adafactor}
 SFT_MODEL = "alignment-handbook/zephyr-7b-sft-full@ac6e600eefcce74f5e8bae1035d4f66019e93190"
@@ -89,7 +89,8 @@ TOLERANCE = {False: 1e-4, True: 0.1}  # of log pi in fp32, bf16: rms of nats / r
 LAM = 0.8  # times the root of the pairs: --lam by rule
 ADAFACTOR = 50  # times AdamW's rate: its step is a share of a matrix's rms, .02 in a new model
 FREE = {"rounds", "micro_batch", "recompute", "checkpoint_every", "beside"}  # on a restart
-DPO = "--out out/tiny-dpo --lam inf --rounds 1 --epochs 20".split()  # as many steps as tiny's
+DPO = "--out out/tiny-dpo --lam inf --rounds 1 --epochs 10 --lr 3e-4 --beta .1".split()
+# as many steps as tiny's, at the best rate and beta of DPO's grid in this world (study_worlds.py)
 DAMAGED = "is damaged or missing. Go on from the last round in a new folder: --model OUT/round-N"
 LEFT = "asked to stop: what is done is saved, the same command goes on from here"
 leaving = []  # signals that asked to stop
@@ -121,16 +122,16 @@ class Config:
     heldout_data: str = option("", "", "such rows from another file instead")
     max_prompt: int = option(8, 512, "tokens of a prompt; a longer one loses its start", above=1)
     max_response: int = option(8, 512, "tokens of a response, y' too; a longer one is cut")
-    rounds: int = option(5, 3, "rounds of self-play")
-    epochs: int = option(2, 1, "passes over the pairs in a round")
+    rounds: int = option(10, 3, "rounds of self-play")
+    epochs: int = option(1, 1, "passes over the pairs in a round")
     sft_epochs: int = option(10, 0, "supervised passes over both responses, as round 0", above=-1)
     sft_lr: float = option(3e-3, 1e-5, "learning rate of those")
     beta: float = option(0.3, 0.1, "1 / eta: reward per nat of log-ratio to pi_t")
     lam: float = option(None, None, f"weight of the data; inf: no critic; None: {LAM} x the root "
                         "of the pairs", most=math.inf)  # fmt: skip
-    critic: str = option("smoothed", "smoothed", "the doubt: Eq. 30 or Eq. 29", list(CRITICS))
+    critic: str = option("smoothed", "smoothed", "the doubt: Eq. 30, 29, or 39", list(CRITICS))
     optimizer: str = option("adamw", "adamw", "adafactor: less memory", list(OPTIMIZERS))
-    lr: float = option(3e-4, 5e-7, f"peak of warm-up and cosine; x {ADAFACTOR} for adafactor")
+    lr: float = option(1e-3, 5e-7, f"peak of warm-up and cosine; x {ADAFACTOR} for adafactor")
     warmup: float = option(0.1, 0.1, "share of a round's steps that warm up", above=-1e-9, most=1)
     clip: float = option(1.0, 1.0, "largest gradient norm")
     average: float = option(0.5, 0.5, "steps in OUT/average, share of all; 0: none", above=-1e-9)
@@ -1099,7 +1100,7 @@ def prepare(config: Config, began: str) -> Run:
         rows = [row for row in rows if row.number not in out_of_training]
     rows = rows[: config.rows or None]
     if config.lam is None:
-        config = dataclasses.replace(config, lam=LAM * math.sqrt(len(rows)))
+        config = dataclasses.replace(config, lam=round(LAM * math.sqrt(len(rows)), 2))
     state = dict(round=0, step=0, saves=0, pi_t="", largest=0.0, noise=0.0, began=began, first={})
     state["logs"] = {"log.jsonl": [], "samples.jsonl": [], "dropped.jsonl": dropped}
     state |= {"seconds": {}, "peak_bytes": {}}

@@ -1,33 +1,47 @@
-"""Mistral-7B's shape on one 80 GB card: python tests/bench_gpu.py --out results
+"""What a GPU makes of train_mistral.py: python tests/bench_gpu.py --out results [PART ...]
 
-Random weights, made on the card, so that nothing is downloaded: fp32 masters and gradients (29 GB
-each), bf16 compute through train_mistral.shard (FSDP2), layers recomputed, Adafactor. Real code
-throughout: play() samples and scores, train() trains, rows of 1,024 tokens. Measured: tokens a
-second and their share of the card's own bf16 matmul rate; peak memory by part; generation beside
-transformers' continuous batching; the largest micro-batch, doubled until memory runs out (last, as
-nothing can be trusted afterwards). A part that fails says so in the record and the others go on.
-Not run on a GPU yet; ten minutes is an estimate. Without a GPU, --small runs every line on a CPU
-with a tiny model; its numbers mean nothing. Writes OUT/bench_gpu.json, which says what it ran on.
+smoke  the trainer as a user starts it: a Mistral of 100M random weights, bf16, recomputed layers,
+       two rounds; killed (SIGKILL) in round 2, then the same command again. Are its samples those
+       of a run that nothing interrupted? Does round-2 as transformers loads it score as it did?
+noise  how far log pi of a training step is from play()'s at step 0, where both should be equal:
+       7B's width, few layers, ragged rows. As a control, the same rows in play()'s own order.
+full   7B's shape, random weights made on the card, Adafactor, the preset's longest rows: tokens a
+       second of generation, scoring, training; its share of the card's own bf16 matmul rate; peak
+       memory beside the table in train_mistral.py's docstring; three micro-batches. Saves nothing.
+
+Parts come in the order of their worth, and OUT/gpu.json is written anew with every figure: a run
+cut short keeps what it had, and a later run of other parts adds to it. A part that fails, or that
+--limit leaves no time for, says so there. --small rehearses every line with tiny shapes, on a CPU
+too (a minute): no goal is judged by its numbers. Not run on a GPU yet: CARD's seconds are guesses.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import gc
+import json
+import math
 import os
 import random
-import resource
+import re
+import signal
+import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from array import array
-from functools import partial
 from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+from unittest import mock
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+BEGAN = time.perf_counter()  # before the seconds that imports take
 
 import bench_bandit as bench  # noqa: E402
 import bench_cost as cost  # noqa: E402
 import torch  # noqa: E402
+import transformers  # noqa: E402
 from transformers import AutoModelForCausalLM, MistralConfig  # noqa: E402
 
 sys.path.insert(0, str(bench.ROOT))
@@ -36,231 +50,322 @@ import toy_bandit as bandit  # noqa: E402
 import train_mistral as tm  # noqa: E402
 
 EXPECTED = """
-goal matmul_share training   .45 1   FLOPs a step must do / its seconds, of the bf16 matmul rate
-goal generation   continuous 3   1e9 tokens a second, continuous batching / sample(), plain bf16
-goal memory       peak_GB    0   80  largest peak of playing and training, GB
-"""  # kind, claim, value, least and most expected, what it is
-NAN = float("nan")
+goal smoke_resumed unequal    0   0  samples unlike those of an uninterrupted run
+goal smoke_loaded  loaded_gap 0   .1 round-2 by transformers: rms of nats / root of tokens
+goal noise_step_0  gap        0   .1 bf16 at 7B's width: rms of nats / root of tokens
+goal full_speed    share      .45 1  FLOPs a step must do / its seconds, of the matmul rate
+goal full_memory   peak_GB    0   78 largest peak of playing and training 7B with Adafactor
+"""  # kind, part_claim, value, least and most expected, what it is
+SMOKE = "--preset mistral-7b --bf16 --recompute --rounds 2 --rows 64 --heldout 16 --lr 1e-4 "
+SMOKE += "--max_prompt 16 --max_response 16 --batch 16 --micro_batch 8 --generate_batch 16 "
+SMOKE += "--checkpoint_every 2"  # four steps a round
+ADAFACTOR = "--preset mistral-7b --optimizer adafactor --bf16 --recompute --lam 10 "
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    shape: MistralConfig  # its defaults are Mistral-7B-v0.1's
-    sizes: cost.Sizes  # a micro-batch; prompt + 3 responses are a row
-    passes: int = 4  # micro-batches a step
-    steps: int = 3
-    samples: int = 128  # prompts that generation answers
-    most: int = 256  # pairs of the largest micro-batch tried
-    product: tuple = (8192, 4096, 14336)  # of the card's matmul rate
+class Plan(NamedTuple):
+    start: dict  # shape of smoke's model
+    shape: dict  # of noise's and full's; MistralConfig's own is Mistral-7B's
+    options: str  # of their trainer, beside the preset's
+    depths: tuple  # layers of noise's models, the last one judged
+    layers: int  # of full's
+    seconds: dict  # a part starts only if so many are left
 
 
-def small_plan() -> Plan:
-    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=500)
-    shape |= dict(num_attention_heads=4, num_key_value_heads=2)
-    sizes, product = cost.Sizes(2, 16, 16), (256, 64, 128)
-    return Plan(MistralConfig(**shape), sizes, 2, 2, 8, 4, product)
+SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+WIDE, TINY = (dict(zip(SIZES.split(), n)) for n in ((768, 3072, 12, 12, 4), (64, 128, 2, 4, 2)))
+CARD = Plan(WIDE, {}, "", (2, 8), 32, dict(smoke=90, noise=40, full=60))
+SHORT = "--max_prompt 16 --max_response 16 --batch 8 --micro_batch 2 --generate_batch 8"
+SMALL = Plan(TINY, TINY | {"vocab_size": 500}, SHORT, (1, 2), 2, dict(smoke=60, noise=2, full=4))
 
 
-def wait(device: torch.device) -> float:
-    """The clock, once the card has done what it was given."""
-    if device.type == "cuda":
+@dataclasses.dataclass
+class Record:
+    """OUT/gpu.json, and what every part needs."""
+
+    out: Path
+    plan: Plan
+    device: torch.device
+    limit: float  # seconds that the run may take
+    about: dict  # where and with what it runs; stands in each part
+    data: dict  # part -> what it found
+
+    def left(self) -> float:
+        return self.limit - (time.perf_counter() - BEGAN)
+
+    def note(self, part: str, **found) -> None:
+        tm.say(f"[{self.limit - self.left():4.0f} s] {part}: {json.dumps(found)[:400]}")
+        self.data[part] |= found
+        setting = {"processor": bench.processor(), "limit": self.limit}
+        result = {"claims": claims_of(self.data), "data": self.data, "setting": setting}
+        temporary = self.out / "gpu.json.tmp"
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(temporary, self.out / "gpu.json")
+
+    def need(self, seconds: float, what: str) -> None:
+        told = f"{what} takes about {seconds:.0f} s, and {self.left():.0f} s are left"
+        tm.require(self.left() >= seconds, told, TimeoutError)
+
+
+def claims_of(data: dict) -> dict:
+    """The verdicts on what a GPU has measured at full size."""
+    claims = {}
+    for _, claim, key, *_ in map(str.split, EXPECTED.split("\n")[1:-1]):
+        found = data.get(claim.partition("_")[0], {})
+        if key in found and found["device"] != "cpu" and not found["small"]:
+            claims |= bandit.judge(claim, {key: found[key]}, 1, EXPECTED)
+    return claims
+
+
+def wait() -> float:
+    """The clock, once a card has done what it was given."""
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def seconds(device: torch.device, action) -> float:
-    start = wait(device)
-    action()
-    return wait(device) - start
+# -------------------------------------------------------- smoke: the trainer, killed
+def lines_of(log: Path) -> list[dict]:
+    """Its whole lines, without clock times and memory."""
+    lines = map(json.loads, log.read_text().split("\n")[:-1] if log.exists() else [])
+    return [{k: v for k, v in x.items() if k not in ("seconds", "peak_bytes")} for x in lines]
 
 
-def bytes_now(device: torch.device) -> int:
-    gpu = device.type == "cuda"
-    return torch.cuda.memory_allocated() if gpu else resource.getrusage(0).ru_maxrss * 1024
+def launch(record: Record, command: list[str], out: Path, most: float = math.inf) -> None:
+    """Runs the trainer to its end, or to SIGKILL once round 2 has logged so many steps."""
+    with open(f"{out}.txt", "a") as told:
+        process = subprocess.Popen([*command, str(out)], stdout=told, stderr=told)
+    done, end = 0, record.left() - record.plan.seconds["smoke"]
+    while process.poll() is None and done < most and record.left() > max(0, end):
+        time.sleep(0.01)
+        done = sum((x["event"], x["round"]) == ("step", 2) for x in lines_of(out / "log.jsonl"))
+    process.kill()
+    code, said = process.wait(), Path(f"{out}.txt").read_text()[-2000:]
+    expected = 0 if most == math.inf else -signal.SIGKILL
+    tm.require(code == expected, f"{out.name} ended with {code}: {said}", RuntimeError)
 
 
-def peak(device: torch.device) -> int:
-    """The most bytes alive since the last call; a CPU's process never falls."""
-    if device.type != "cuda":
-        return bytes_now(device)
-    most = torch.cuda.max_memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    return most
+def played_in(out: Path) -> dict:
+    """{(name of play(), row): (answers, log pi)}"""
+    files = {path: torch.load(path, weights_only=True) for path in out.glob("play/*/*")}
+    return {(path.parent.name, row): told for path in files for row, told in files[path].items()}
 
 
-def free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def smoke(record: Record) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder, world = Path(name), tm.CopyDigits()
+        data, straight, killed = (folder / name for name in ("pairs.jsonl", "straight", "killed"))
+        pairs, tokenizer = world.pairs(100, seed=0), world.tokenizer()
+        data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        torch.manual_seed(0)
+        shape = MistralConfig(**record.plan.start, vocab_size=len(tokenizer))
+        lm = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+        for part in (lm, tokenizer):
+            part.save_pretrained(folder / "start")
+        argv = [*SMOKE.split(), "--model", str(folder / "start"), "--data", str(data), "--out"]
+        command = [sys.executable, str(bench.ROOT / "train_mistral.py"), *argv]
+        record.note("smoke", parameters=sum(weight.numel() for weight in lm.parameters()))
+
+        launch(record, command, straight)
+        launch(record, command, killed, most=3)
+        before = lines_of(killed / "log.jsonl")
+        launch(record, command, killed)
+        expected, played = played_in(straight), played_in(killed)
+        unlike = [key for key in expected if played.get(key, [()])[0] != expected[key][0]]
+        logs = [lines_of(out / "log.jsonl") for out in (straight, killed)]
+        record.note(
+            "smoke", samples=len(expected), unequal=len(unlike), unlike=unlike[:20],
+            log_lines=len(logs[0]), log_lines_unequal=sum(a != b for a, b in zip(*logs)),
+            # Where lines differ before the kill, the card's arithmetic does, and not the restart.
+            lines_at_kill=len(before), unequal_at_kill=sum(a != b for a, b in zip(logs[0], before)),
+        )  # fmt: skip
+
+        rows, _ = tm.load_rows(str(data), tokenizer, {lm.config.eos_token_id}, tm.parse(argv[:-1]))
+        told = {row: logps for (name, row), (_, logps) in played.items() if name == "heldout-2"}
+        for key, number in (("loaded_gap", 2), ("gap_of_round_1", 1)):  # the latter a control
+            lm, off = AutoModelForCausalLM.from_pretrained(killed / f"round-{number}"), []
+            lm.to(record.device)
+            for row in (row for row in rows if row.number in told):
+                logp = tm.own_logp(lm, row.prompt, row.chosen).item()
+                off.append((logp - told[row.number][0]) ** 2 / len(row.chosen))
+            record.note("smoke", **{key: fmean(off) ** 0.5}, dtype=str(lm.dtype))
 
 
-def rate(plan: Plan, device: torch.device) -> float:
-    """FLOPs a second of one large bf16 product."""
-    m, k, n = plan.product
-    x, w = (torch.randn(s, device=device, dtype=torch.bfloat16) for s in ((m, k), (k, n)))
-    (x @ w).sum()
-    times = [seconds(device, lambda: [x @ w for _ in range(20)]) / 20 for _ in range(5)]
-    return 2 * m * k * n / sorted(times)[2]
+# -------------------------------------------------------- noise: step 0 in bf16
+@contextlib.contextmanager
+def run_of(record: Record, layers: int, ragged: bool):
+    """A run with random weights, made where they will be used. Ragged: prompts and responses of
+    1/8 to all of the longest, and answers that end; else all are longest. Here noise is measured,
+    where the trainer would refuse it."""
+    with tempfile.TemporaryDirectory() as out, mock.patch.dict(tm.TOLERANCE, {True: math.inf}):
+        config = tm.parse([*(ADAFACTOR + record.plan.options).split(), "--out", out])
+        shape = MistralConfig(**record.plan.shape | {"num_hidden_layers": layers})
+        torch.manual_seed(0)
+        with record.device:
+            lm = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+        draw, V, longest = random.Random(0), shape.vocab_size, config.max_response
+
+        def ids(most):
+            length = draw.randint(most // 8, most) if ragged else most
+            return array("i", draw.choices(range(3, V), k=length))
+
+        sizes = config.max_prompt, longest, longest
+        rows = [tm.Row(i, *map(ids, sizes)) for i in range(1, config.generate_batch + 1)]
+        often = range(3, 3 + 4 * V // longest)  # one of them is drawn with probability 4 / longest
+        stops = {*often} if ragged else {V}  # the latter is never drawn
+        state = dict(round=1, step=0, saves=0, pi_t="", largest=0.0, noise=0.0, first={})
+        state |= {"seconds": {}, "peak_bytes": {}, "logs": {"log.jsonl": []}}
+        run = tm.Run(config, Path(out), tm.Scorer(lm), None, stops, rows, [], state)
+        tm.shard(run.scorer, record.device, config)
+        tm.check_model(run)
+        run.charge("load")
+        yield run
 
 
-def rows_of(plan: Plan, count: int) -> list[tm.Row]:
-    draw, (_, prompt, response) = random.Random(0), plan.sizes
-
-    def ids(length):
-        return array("i", draw.choices(range(3, plan.shape.vocab_size), k=length))
-
-    return [tm.Row(i, ids(prompt), ids(response), ids(response)) for i in range(1, count + 1)]
-
-
-def run_of(plan: Plan, out: Path, device: torch.device, dtype: torch.dtype) -> tm.Run:
-    """A run of train_mistral.py with random weights, made where they will be used."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        lm = AutoModelForCausalLM.from_config(plan.shape, dtype=dtype)
-    pairs, prompt, response = plan.sizes
-    config = tm.Config(
-        preset="mistral-7b", out=str(out), max_prompt=prompt, max_response=response, epochs=1,
-        beta=0.1, lam=10.0, optimizer="adafactor", lr=1e-9, batch=pairs * plan.passes,
-        micro_batch=pairs, generate_batch=64, heldout=0,
-    )  # fmt: skip
-    state = dict(round=1, step=0, saves=0, pi_t="", largest=0.0, seconds={}, peak_bytes={})
-    state |= {"noise": 0.0, "first": {}}
-    state["logs"] = {"log.jsonl": [], "samples.jsonl": []}
-    rows = rows_of(plan, config.batch * plan.steps)
-    return tm.Run(config, out, tm.Scorer(lm), None, {2}, rows, [], state)
+def noise(record: Record) -> None:
+    for layers in record.plan.depths:
+        with run_of(record, layers, ragged=True) as run:
+            played, found = tm.play(run, run.rows, "noise"), {"sharing": run.state["sharing"]}
+            run.config = dataclasses.replace(run.config, batch=len(played))
+            alike = sorted(played, key=lambda row: (len(row.prompt), row.number))  # as in play()
+            for order, rows in {"trained": tm.batches_of(run, played)[0], "played": alike}.items():
+                tm.check_step(run, values := tm.accumulate(run, rows), norm=0.0)
+                gap = fmean(pair["gap"] for pair in values) ** 0.5  # as check_step() has it
+                found[f"as_{order}"] = {"gap": gap, "margin": run.state["noise"]}
+                run.scorer.zero_grad()
+        record.note("noise", **{f"layers_{layers}": found})
+    record.note("noise", gap=found["as_trained"]["gap"])
 
 
-# -------------------------------------------------------- parts
+# -------------------------------------------------------- full: 7B's shape
+def matmul_rate(record: Record) -> float:
+    """FLOPs a second of the model's largest bf16 product: the best of six times fifty."""
+    shape, device, times = MistralConfig(**record.plan.shape), record.device, []
+    m, k, n = 8192, shape.hidden_size, shape.intermediate_size
+    x, w = (torch.randn(size, device=device).bfloat16() for size in ((m, k), (k, n)))
+    for _ in range(6):
+        start = wait()
+        for _ in range(50):
+            torch.mm(x, w)
+        times.append(wait() - start)
+    return 50 * 2 * m * k * n / min(times)
 
 
-def generation(plan: Plan, out: Path, device: torch.device) -> dict:
-    """Of a plain bf16 copy, which FSDP2 does not surround: sample() and continuous batching on the
-    same prompts; answers end where they end, on average after a quarter of the longest."""
-    gpu = device.type == "cuda"
-    run = run_of(plan, out, device, torch.bfloat16 if gpu else torch.float32)
-    run.scorer.requires_grad_(False)
-    longest = 2 * plan.sizes.response
-    run.config = dataclasses.replace(run.config, max_response=longest)
-    prompts = cost.ragged(run, plan.samples, plan.sizes.prompt)
-    return cost.generation(run, prompts, 64, 1, partial(wait, device)) | {"longest": longest}
+def tokens_of(rows: list[tm.Row]) -> int:
+    return sum(len(ids) for row in rows for ids in (*row[1:4], *row.generated))
 
 
-def training(run: tm.Run, plan: Plan, device: torch.device, card: float) -> dict:
-    """play() and train() of train_mistral.py, once warm, and the memory of each part."""
-    tm.Run.save_state = lambda *_: None  # 29 GB a state, and nothing to go on with
-    run.config = dataclasses.replace(run.config, bf16=True, recompute=True, average=0.0)
-    tm.shard(run.scorer, device, run.config)
-    free()
-    memory = {"weights": bytes_now(device)}
-    peak(device)
-    tm.check_model(run)
-
-    spent = run.state["seconds"]
-    run.since = wait(device)
-    played = tm.play(run, run.rows, "bench")
-    drawn = sum(len(row.generated[0]) for row in played)
-    row = plan.sizes.prompt + 3 * plan.sizes.response
-    found = {"play_seconds": dict(spent), "sampled_tokens_a_second": drawn / spent["generate"]}
-    found["scored_tokens_a_second"] = len(played) * row / spent["score"]
-    memory["playing_peak"] = max(run.state["peak_bytes"].values())
-    free()
-    peak(device)
-    tm.accumulate(run, played[: run.config.micro_batch])
-    memory["backward_peak"], memory["weights_and_gradients"] = peak(device), bytes_now(device)
-    memory["gradients"] = memory["weights_and_gradients"] - memory["weights"]
-    memory["activations"] = memory["backward_peak"] - memory["weights_and_gradients"]
-
-    def train(rows):
-        run.state["step"] = 0
-        return seconds(device, lambda: tm.train(run, rows, None))
-
-    run.scorer.zero_grad()  # train() clears its own gradients alone
-    train(played[: run.config.batch])
-    memory["optimizer_and_rest"] = bytes_now(device) - memory["weights"]  # no gradient is left
-    # That step's rate was next to nothing: pi is pi_t still, and train() will check it.
-    step = train(played) / plan.steps
-    memory["training_peak"] = max(peak(device), run.state["peak_bytes"]["train"])
-    must, does = (
-        plan.passes * cost.flops(cost.products(plan.shape, plan.sizes, True, must))["all"]
-        for must in (True, False)
-    )
-    tokens = run.config.batch * row
-    found |= {"tokens_a_second": tokens / step, "step_seconds": step, "tokens_a_step": tokens}
-    found |= {"share": must / step / card, "share_with_recomputation": does / step / card}
-    return found | {"memory_GB": {name: size / 1e9 for name, size in memory.items()}}
+def peaks(run: tm.Run) -> dict:
+    """GB by phase, as the trainer notes them: of the card; without one, the process's so far."""
+    return {phase: size / 1e9 for phase, size in run.state["peak_bytes"].items()}
 
 
-def largest_batch(run: tm.Run, plan: Plan, device: torch.device) -> dict:
-    """Tokens a second of forward and backward by pairs a micro-batch, until memory runs out."""
-    length, rows, pairs, tried = plan.sizes.prompt + 3 * plan.sizes.response, run.rows, 1, {}
-    while pairs <= plan.most:
-        few = (rows * pairs)[:pairs]
-        few = [row._replace(generated=[[*row.chosen]], logps=[-1.0] * 3) for row in few]
-        run.config = dataclasses.replace(run.config, micro_batch=pairs)
-        run.scorer.zero_grad()
-        free()
-        peak(device)
-        try:
-            once = seconds(device, lambda few=few: tm.accumulate(run, few))
-        except torch.OutOfMemoryError:
-            break
-        tried[pairs] = {"tokens_a_second": pairs * length / once, "peak_GB": peak(device) / 1e9}
-        pairs *= 2
-    return {"tried": tried, "largest": pairs // 2, "memory_ran_out": pairs <= plan.most}
+def training(run: tm.Run, played: list[tm.Row], card: float, **options) -> dict:
+    """train() makes two steps. The second one is measured: all of it, and its passes alone."""
+    config = run.config = dataclasses.replace(run.config, **options)
+    rows, accumulate, starts, passes, ends = played * config.batch, tm.accumulate, [], [], []
+
+    def timed(run, batch):
+        starts.append(wait())
+        values = accumulate(run, batch)
+        passes.append(wait() - starts[-1])
+        return values
+
+    run.log, run.save_state = lambda *_: ends.append(wait()), lambda *_: None
+    run.average, run.state["step"], run.state["peak_bytes"]["train"] = (), 0, 0
+    with mock.patch.object(tm, "accumulate", timed):
+        tm.train(run, rows[: 2 * config.batch], None)
+    sizes = cost.Sizes(config.batch, config.max_prompt, config.max_response)
+    must = cost.flops(cost.products(run.scorer.lm.config, sizes, must=True))["all"] / card
+    seconds = [end - start for start, end in zip(starts, ends)]
+    return {
+        "pairs": config.batch, "micro_batch": config.micro_batch, "average": config.average,
+        "step_seconds": seconds, "pass_seconds": passes, "peak_GB": peaks(run)["train"],
+        "tokens_a_second": tokens_of(rows[: config.batch]) / seconds[1],
+        "share": must / seconds[1], "share_in_passes": must / passes[1],
+    }  # fmt: skip
 
 
-def attempt(name: str, part, *arguments):
-    """What a part found, or why it failed: a first run should come back with the rest."""
-    tm.say(name)
+def full(record: Record) -> None:
+    card = matmul_rate(record)
+    told = re.search(r"^ +1 +(\d+) +(\d+) +\d+$", tm.__doc__, re.M)  # one card, Adafactor
+    table = dict(zip(("play", "train"), map(int, told.groups())))
+    record.note("full", matmul_tflop_a_second=card / 1e12, table_GB=table)
+    with run_of(record, record.plan.layers, ragged=False) as run:
+        count, spent = sum(w.numel() for w in run.scorer.parameters()), run.state["seconds"]
+        record.note("full", parameters=count, load_seconds=spent["load"], peaks_GB=peaks(run))
+        played = tm.play(run, run.rows, "full")
+        rates = {"generated": sum(len(row.generated[0]) for row in played) / spent["generate"]}
+        rates["scored"] = tokens_of(played) / spent["score"]
+        record.note("full", tokens_a_second=rates, peaks_GB=peaks(run))
+
+        # Steps of two micro-batches: the second one lies beside the first one's gradients.
+        batch, pairs, average = run.config.batch, run.config.micro_batch, run.config.average
+        few = training(run, played, card, batch=2 * pairs, average=0.0)
+        noise = run.state["noise"]  # of the margins at step 0, all layers
+        record.note("full", **{f"micro_batch_{pairs}": few}, noise_of_margins=noise)
+        pace = few["pass_seconds"][1] / (2 * pairs)
+        record.need(2 * batch * pace + 50, "training")
+        step = training(run, played, card, batch=batch, average=average)
+        most = max(peaks(run).values())
+        record.note("full", training=step, share=step["share"], peaks_GB=peaks(run), peak_GB=most)
+        for wider in (2 * pairs, 4 * pairs):  # last: once memory ran out, nothing can be trusted
+            record.need(4 * wider * pace + 10, f"micro-batch {wider}")
+            options = dict(batch=2 * wider, micro_batch=wider, average=0.0)
+            try:
+                found = training(run, played, card, **options)
+            except torch.OutOfMemoryError:
+                return record.note("full", memory_ran_out_at=wider)
+            record.note("full", **{f"micro_batch_{wider}": found})
+
+
+PARTS = {"smoke": smoke, "noise": noise, "full": full}
+
+
+def attempt(record: Record, name: str) -> str:
+    """Runs a part. A first run on a card should come back with the others, whatever fails."""
+    start, found, record.data[name] = time.perf_counter(), {"status": "done"}, {**record.about}
+    record.note(name, status="running")
     try:
-        return part(*arguments)
+        record.need(record.plan.seconds[name], name)
+        PARTS[name](record)
+    except TimeoutError as error:
+        found = {"status": f"left out: {error}"}
     except (Exception, SystemExit) as error:
-        tm.say(f"{name} failed: {error!r}")
-        return {"error": f"{type(error).__name__}: {error}"[:1000]}
+        found = {"status": "failed", "error": traceback.format_exc()[-3000:]}
+        if isinstance(error, torch.OutOfMemoryError):
+            found["peak_GB"] = torch.cuda.get_device_properties(0).total_memory / 1e9
+    record.note(name, **found, seconds=time.perf_counter() - start)
+    gc.collect()
+    torch.cuda.empty_cache()
+    return found["status"]
 
 
 def main() -> int:
-    style = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser = argparse.ArgumentParser(description=__doc__, **style)
-    parser.add_argument("--out", default="out", help="folder for bench_gpu.json")
-    parser.add_argument("--small", action="store_true", help="a tiny model, on a CPU too")
-    config = parser.parse_args()
-    if not (torch.cuda.is_available() or config.small):
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(None, None, __doc__, formatter_class=style, allow_abbrev=False)
+    parser.add_argument("parts", nargs="*", metavar="PART", help="of the above; none: all")
+    parser.add_argument("--out", default="out", help="folder for gpu.json")
+    parser.add_argument("--limit", type=float, default=400, help="seconds that all may take")
+    parser.add_argument("--small", action="store_true", help="tiny shapes, on a CPU too")
+    config, gpu = parser.parse_args(), torch.cuda.is_available()
+    if unknown := {*config.parts} - {*PARTS}:
+        parser.error(f"no part is called {', '.join(sorted(unknown))}")
+    if not (gpu or config.small):
         raise SystemExit("no GPU here, nothing was measured; --small tries the code on this CPU")
     (out := Path(config.out)).mkdir(parents=True, exist_ok=True)
-    device, gpu = tm.start_processes(), torch.cuda.is_available()
-    if not gpu:
-        torch.set_num_threads(1)
-    plan = small_plan() if config.small else Plan(MistralConfig(), cost.Sizes(8, 256, 256))
-    ran_on = torch.cuda.get_device_name() if gpu else f"CPU only: {bench.processor()}"
-    setting = {"ran_on": ran_on, "small": config.small, "cuda": torch.version.cuda}
-    setting |= {"sizes": plan.sizes._asdict(), "shape": plan.shape.to_diff_dict()}
-    tm.say(f"on {ran_on}" + ", a tiny model: its numbers mean nothing" * config.small)
-
-    card = rate(plan, device)
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        generated = attempt("generation", generation, plan, place, device)
-        free()
-        run = run_of(plan, place, device, torch.float32)
-        setting["parameters"] = sum(weight.numel() for weight in run.scorer.parameters())
-        trained = attempt("training", training, run, plan, device, card)
-        widest = attempt("largest micro-batch", largest_batch, run, plan, device)
-
-    memory = trained.get("memory_GB", {})
-    most = max(memory.get("playing_peak", NAN), memory.get("training_peak", NAN))
-    claims = bandit.judge("matmul_share", {"training": trained.get("share", NAN)}, 1, EXPECTED)
-    ratio = 1 / generated.get("ratio", NAN)
-    claims |= bandit.judge("generation", {"continuous": ratio}, 1, EXPECTED)
-    claims |= bandit.judge("memory", {"peak_GB": most}, 1, EXPECTED)
-    data = {"generation": generated, "training": trained, "micro_batch": widest}
-    data["matmul"] = {"tflop_a_second": card / 1e12}
-    status = bandit.report(out, "bench_gpu", claims, data, setting)
-    for name, found in data.items():
-        print(f"\n{name}")
-        for key, value in found.items():
-            print(f"  {key:28}{value}")
-    return status
+    threads = len(os.sched_getaffinity(0)) if gpu else 1  # bench_bandit asked for one
+    torch.set_num_threads(threads)
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}  # of smoke's processes
+    about = {"device": torch.cuda.get_device_name() if gpu else "cpu", "small": config.small}
+    about |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    about |= {"cuda": torch.version.cuda, "threads": threads}
+    path, plan = out / "gpu.json", SMALL if config.small else CARD
+    data = json.loads(path.read_text())["data"] if path.exists() else {}
+    record = Record(out, plan, tm.start_processes(), config.limit, about, data)
+    ends = [attempt(record, name) for name in PARTS if name in (config.parts or PARTS)]
+    for claim, verdict in claims_of(record.data).items():
+        print("ok" if verdict["holds"] else "MISSED", claim, verdict["value"], verdict["limit"])
+    return int("failed" in ends)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """The trainer loses nothing: python tests/study_kills.py --out results
 
 Tiny runs are killed (kill -9) in every phase, before every kind of file operation and inside
-writes, on one process and under torchrun on two; told to leave (SIGTERM); given damaged files,
-other arguments, a full disk, a folder that cannot be written; and cut in two, a torchrun launcher
-on each side. Each is started again with the same command, and must end as the run that nothing
-interrupted, to the bit. Writes OUT/kills.json. Linux; the disks need the right to mount a tmpfs.
+writes, on one process and under torchrun on two, in fp32 and in bf16 with recomputed layers; told
+to leave (SIGTERM); given damaged files, other arguments, a full disk, a folder that cannot be
+written; and cut in two, a torchrun launcher on each side. Each is started again with the same
+command, and must end as the run that nothing interrupted, to the bit. Writes OUT/kills.json. Linux;
+the disks need the right to mount a tmpfs.
 """
 
 import argparse
@@ -41,6 +42,7 @@ import train_mistral as tm  # noqa: E402
 TRAINER = str(ROOT / "train_mistral.py")
 SHORT = "--rows 60 --heldout 16 --rounds 2 --epochs 1 --sft_epochs 2 --generate_batch 16 "
 SHORT = (SHORT + "--batch 16 --checkpoint_every 2 --seed 5").split()  # one pair of it is dropped
+WAYS = {"fp32": SHORT, "bf16, recomputed": [*SHORT[:-1], "6", "--bf16", "--recompute"]}
 PATIENCE = 600  # seconds after which a process counts as hung
 
 EXPECTED = """
@@ -217,6 +219,7 @@ class Bench:
     """Where runs are started, and what an uninterrupted one looks like, by world size."""
 
     rng: random.Random
+    argv: list[str]
     straight: dict[int, dict]
     counts: dict[int, list[dict]]  # by world size and rank: {"seen": .., "usual": ..}
     started: int = 0
@@ -355,7 +358,7 @@ def kills(bench: Bench, moments: list[Moment], processes: int) -> tuple[Counter,
     total, number = len(moments), 0
     while queue or struck:
         out = Path(f"kill{processes}-{bench.started}")
-        argv, struck = [*SHORT, "--out", str(out)], []
+        argv, struck = [*bench.argv, "--out", str(out)], []
         while True:
             moment = queue[0] if queue and len(struck) < 3 else None
             code, said, came = bench.launch(argv, processes, moment)
@@ -393,7 +396,7 @@ def sigterm(bench: Bench, processes: int, each: int) -> tuple[Counter, dict]:
     phases = [p for p in PHASES if p not in ("any moment", "start")]
     for phase in [phase for phase in phases for _ in range(each)]:
         out = Path(f"term{processes}-{bench.started}")
-        argv, seen = [*SHORT, "--out", str(out)], bench.counts[processes][0]["seen"][phase]
+        argv, seen = [*bench.argv, "--out", str(out)], bench.counts[processes][0]["seen"][phase]
         moment = Moment(phase, bench.rng.randint(1, seen), bench.rng.random(), 0, "term")
         code, said, _ = bench.launch(argv, processes, moment)
         log, times = (out / "log.jsonl").read_bytes(), made(out)
@@ -673,14 +676,14 @@ def both(argv, moment=None, usual=0.0) -> tuple[list, float]:
     return codes, seconds
 
 
-def prepare(rng: random.Random) -> Bench:
+def prepare(rng: random.Random, argv: list[str]) -> Bench:
     """Uninterrupted runs on one process and on two, which count what there is to strike."""
-    bench = Bench(rng, {}, {})
+    bench = Bench(rng, argv, {}, {})
     tm.CopyDigits().model(0)  # imports what each fork would, one of them a user without a right
     tm.CopyDigits().tokenizer().apply_chat_template([{"role": "user", "content": "1"}])  # to it
     for processes in (1, 2):
         out = Path(f"straight{processes}")
-        code, said, _ = bench.launch([*SHORT, "--out", str(out)], processes, record=True)
+        code, said, _ = bench.launch([*argv, "--out", str(out)], processes, record=True)
         require_clean(code, said)
         bench.straight[processes] = left(out)
         counted = [Path(f"note-{rank}.json") for rank in range(processes)]
@@ -688,7 +691,7 @@ def prepare(rng: random.Random) -> Bench:
     return bench
 
 
-def study(bench: Bench, quick: bool) -> tuple[dict, dict]:
+def study(rng: random.Random, quick: bool) -> tuple[dict, dict]:
     """All claims, and what each trouble came to."""
     claims, data = {}, {}
 
@@ -699,16 +702,23 @@ def study(bench: Bench, quick: bool) -> tuple[dict, dict]:
         claims.update(bandit.judge(name, values, runs, EXPECTED))
         data[name] = dict(zip(parts, (table for _, table in results)))
 
-    moments = {1: plan(bench, 1, 3, None), 2: plan(bench, 2, 1, 4)}
-    if quick:
-        moments = {1: moments[1][:3], 2: []}
-    found = [kills(bench, moments[n], n) for n in moments]
-    judge("kills", found, sum(map(len, moments.values())), ["one process", "torchrun, two"])
+    killed, told, parts = [], [], []
+    for way, argv in reversed(WAYS.items()):  # what comes below takes the first
+        Path(way).mkdir(mode=0o755)
+        os.chdir(way)  # one within the other; the last one's are left for what follows
+        bench = prepare(rng, argv)
+        moments = {1: plan(bench, 1, 2, None), 2: plan(bench, 2, 1, 4)}
+        if quick:
+            moments = {1: moments[1][:3]}
+        killed += [kills(bench, moments[n], n) for n in moments]
+        told += [] if quick else [sigterm(bench, n, 1) for n in moments]
+        parts += [f"{way}, {n} process{'es by torchrun' * (n - 1)}" for n in moments]
+    runs = sum(cell["kills"] for _, table in killed for cell in table.values())
+    judge("kills", killed, runs, parts)
     if quick:
         return claims, data
-    found = [sigterm(bench, 1, 2), sigterm(bench, 2, 1)]
-    told = sum(cell["told"] for _, table in found for cell in table.values())
-    judge("sigterm", found, told, ["one process", "torchrun, two"])
+    runs = sum(cell["told"] for _, table in told for cell in table.values())
+    judge("sigterm", told, runs, parts)
     values, table, tried = damage(bench)
     values["unseen"] = values["at rest"]
     judge("damage", [(values, table)], tried, ["files"])
@@ -727,16 +737,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--out", default="out", help="folder for kills.json")
     parser.add_argument("--seed", type=int, default=0, help="which moments are struck")
-    parser.add_argument("--quick", action="store_true", help="three kills and nothing else")
+    parser.add_argument(
+        "--quick", action="store_true", help="three kills of each way, and nothing else"
+    )
     config = parser.parse_args()
     (out := Path(config.out).resolve()).mkdir(parents=True, exist_ok=True)
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         os.chdir(folder)
-        claims, data = study(prepare(random.Random(config.seed)), config.quick)
+        claims, data = study(random.Random(config.seed), config.quick)
         os.chdir("/")
-    return bandit.report(out, "kills", claims, data, {"seed": config.seed, "run": " ".join(SHORT)})
+    return bandit.report(out, "kills", claims, data, {"seed": config.seed, "run": WAYS})
 
 
 if __name__ == "__main__":

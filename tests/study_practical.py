@@ -511,24 +511,24 @@ def rates(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
     gaps = [2 / 10 ** (k / 4) for k in range(9)]
     pairs = [bandit.single_prompt([0.2, 0.8], [1 + gap / 2, 1 - gap / 2]) for gap in gaps]
     worlds = bandit.Instance(*(torch.stack(column) for column in list(zip(*pairs))[:3]))
-    in_n = bandit.series([(worlds.repeat(16 if quick else 40), n, n // 10) for n in ns], rng)
+    in_n = bandit.series([(worlds.repeat(16 if quick else 40), [n], n // 10) for n in ns], rng)
     Ts, worlds = (
         [10, 30, 100, 300, 1000],
         bandit.random_instances(20, rng).repeat(4 if quick else 10),
     )
-    in_T = bandit.series([(worlds, 100_000, T) for T in Ts], rng)
+    in_T = bandit.series([(worlds, [100_000], T) for T in Ts], rng)
     worst = {k: [e[:, e.mean(0).argmax()] for e in in_n[k]] for k in ("mixture", "last")}
     slopes = {key: bandit.slope(ns, errors, rng) for key, errors in worst.items()}
     values = {key: interval[0] for key, interval in slopes.items()}
     claims = bandit.judge("rate_in_n", values, int(sum(in_n["runs"])), EXPECTED)
-    ratios = [m.mean().item() / term for m, term in zip(in_T["mixture"], in_T["regret_term"])]
+    ratios = [m.mean().item() / term for m, term in zip(in_T["mixture"], in_T["regret"])]
     claims |= bandit.judge(
         "rate_in_rounds", {"error/term": max(ratios)}, int(sum(in_T["runs"])), EXPECTED
     )
     lines = {"SPAC-T, mixture": worst["mixture"], "SPAC-T, last": worst["last"]}
     lines |= {"slope -1/2": [2 / math.sqrt(n) for n in ns]}
     means = [m.mean(1) for m in in_T["mixture"]]
-    terms = {"theory's term Reg_T": in_T["regret_term"], "SPAC-T, mixture": means}
+    terms = {"theory's term Reg_T": in_T["regret"], "SPAC-T, mixture": means}
     panels = (
         bandit.panel("pairs (n), the worst gap", ns, lines),
         bandit.panel("rounds (T)", Ts, terms),
@@ -541,7 +541,8 @@ def coverage(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
     seeds, rounds, Ks = (12, 300, [1, 4, 16]) if quick else (100, 600, [1, 2, 4, 8, 16, 32])
     names = ("SPAC plain", "DPO", "IPO", "RLHF greedy")
     lines, _ = bandit.contest([(bandit.rare(3000, K), 3000) for K in Ks], names, seeds, rng)
-    found = bandit.series([(bandit.rare(3000, K).repeat(seeds), 3000, rounds) for K in Ks], rng)
+    worlds = [bandit.rare(3000, K).repeat(1).repeat(seeds) for K in Ks]
+    found = bandit.series([(world, [3000], rounds) for world in worlds], rng)
     ratios = [m.mean().item() / b for m, b in zip(found["mixture"], found["bound"])]
     value = {"error/bound": max(ratios), "growth": ratios[-1] / ratios[0]}
     value |= {"error/start": max(m.mean().item() for m in found["mixture"]) / found["start"][0]}
@@ -654,8 +655,46 @@ def draw_mechanism(path: Path, found: dict) -> None:
     figure.savefig(path, dpi=100)
 
 
+def story(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
+    """Ten pairs by hand (theory.md, section 1): what the data, DPO and SPAC say in the end."""
+    wins, rewards = torch.zeros(1, 3, 3).double(), torch.tensor([[1.0, 0.5, 0.0]]).double()
+    wins[0, 0, 1], wins[0, 1, 0], wins[0, 2, 1] = 6, 3, 1
+    start, logits = torch.ones(1, 3).double() / 3, torch.zeros(1, 3).double()
+
+    def dpo(logits):
+        h = logits.log_softmax(-1) - start.log()
+        return (wins * spac.preference_term(h.unsqueeze(-1), h.unsqueeze(-2), 0.5)).sum() / 10
+
+    steps = partial(torch.optim.Adam, lr=0.1)
+    critic = bandit.Critic(wins, 2.0, 2.0, tolerance=1e-12)  # lambda, R
+    for last, _ in spac.spac_t(start, critic, 0.5, 200):
+        policy = last
+    ends = {"the data": spac.data_policy(wins)[1], "SPAC": policy}
+    ends["DPO"] = descend(dpo, logits, steps, 3000).softmax(-1)
+    values = {name: (pi * rewards).sum().item() for name, pi in ends.items()}
+    shares = {name: pi.flatten().tolist() for name, pi in ends.items()}
+    return {}, {"shares": shares, "values": values}
+
+
+def draw_story(path: Path, found: dict) -> None:
+    """The three responses, and how often each of the three says them."""
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    axis, colours = figure.subplots(), {"the data": "#999999"} | bandit.COLOURS
+    about = ["a\nreward 1\nwon 6, lost 3", "b\nreward 0.5\nwon 3, lost 7"]
+    for k, name in enumerate(("the data", "DPO", "SPAC")):
+        x, share = np.arange(3) + 0.27 * (k - 1), 100 * np.array(found["shares"][name])
+        value = f"{name}: value {found['values'][name]:.2f}"
+        bars = axis.bar(x, share, 0.25, color=colours[name], label=value)
+        axis.bar_label(bars, [f"{part:.0f} %" for part in share], fontsize=9)
+    axis.set_xticks(range(3), [*about, "c\nreward 0\nwon 1, lost 0"])
+    axis.set(ylabel="how often it is said (%)", ylim=(0, 112))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="upper center")
+    figure.savefig(path, dpi=100)
+
+
 STUDIES = [ablation, elsewhere, linear_class, coverage, approximation, rates, proximal]
-STUDIES += [concentrability, change_of_variables, mechanism]
+STUDIES += [concentrability, change_of_variables, mechanism, story]
 
 
 def run_study(index: int, seed: int, quick: bool) -> tuple[dict, dict]:
@@ -677,6 +716,7 @@ def main() -> int:
     draw_ablation(out / "ablation.png", data["ablation"]["table"])
     draw_certificate(out / "certificate.png", data["ablation"]["table"])
     draw_mechanism(out / "mechanism.png", data["mechanism"])
+    draw_story(out / "story.png", data["story"])
     return bandit.report(
         out, "practical", claims, data, {"seed": config.seed, "quick": config.quick}
     )

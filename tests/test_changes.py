@@ -68,7 +68,7 @@ def moved(folder: Path) -> set[str]:
 
 def test_every_patch_has_a_test_below_and_few_lines():
     tests = Path(__file__).read_text()
-    assert len(PATCHES) == 7
+    assert len(PATCHES) == 8
     for path in PATCHES:
         text = path.read_text()
         changed = re.findall(r"^[+-](?!\+\+ |-- )", text, re.M)
@@ -88,7 +88,13 @@ def test_spins_loss_reads_no_label(tmp_path, plain):
     answer, loss = output_of(changed, ["-c", probe]).split()
     assert answer == "True" and abs(float(loss) - 1.3132617) < 1e-6  # log(1 + e)
     assert output_of(plain, ["-c", probe]).split()[0] == "False"
-    assert "done: " in output_of(changed, command_of("spin_loss"))
+    output_of(changed, command_of("spin_loss"))
+    log = [json.loads(line) for line in open(changed / "out/changed/log.jsonl")]
+    pairs = "sum(w.reward(p['prompt'], p['chosen']) for p in w.pairs(4000, 9)) / 12000"
+    worth = output_of(
+        plain, ["-c", f"import train_mistral as t; w = t.CopyDigits(); print({pairs})"]
+    )
+    assert abs(log[-1]["average_reward"] - float(worth)) < 0.08  # it imitates the winners
 
 
 def test_another_world_rewards_another_answer(tmp_path, plain):
@@ -172,6 +178,27 @@ def test_a_board_gets_every_number_of_the_log(tmp_path, plain):
     steps = [line for line in log if line["event"] == "step"]
     assert steps and all(("steps of round 1/loss", e["loss"], e["step"]) in drawn for e in steps)
     assert not (plain / "board.jsonl").exists()
+
+
+def test_lora_moves_each_matrix_by_a_low_rank(tmp_path, plain):
+    pytest.importorskip("peft")
+    changed = copy_of_the_code(tmp_path, "lora")
+    shutil.copytree(plain / "out", changed / "out")
+    world = "import json, train_mistral as t; pairs = t.CopyDigits().pairs(60, 3); "
+    world += "open('PAIRS.jsonl', 'w').write('\\n'.join(map(json.dumps, pairs)))"
+    output_of(changed, ["-c", world])
+    output_of(changed, command_of("lora"))
+    start = load_file(changed / "out/changed/round-0/model.safetensors")
+    end = load_file(changed / "out/lora/round-1/model.safetensors")
+    assert start.keys() == end.keys()
+    ranks = {
+        n: torch.linalg.matrix_rank(end[n] - w, rtol=1e-3) for n, w in start.items() if w.ndim > 1
+    }
+    learnt = {name: int(rank) for name, rank in ranks.items() if rank}
+    assert learnt and max(learnt.values()) <= 8 and all("_proj" in name for name in learnt)
+    whole = [load_file(plain / f"out/changed/round-{k}/model.safetensors") for k in range(2)]
+    name = "model.layers.0.mlp.up_proj.weight"  # control: without it more than eight
+    assert torch.linalg.matrix_rank(whole[1][name] - whole[0][name], rtol=1e-3) > 8
 
 
 def test_a_frozen_backbone_moves_one_layer(tmp_path, plain):

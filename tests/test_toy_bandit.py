@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -1291,7 +1292,7 @@ def test_the_story_runs_every_experiment_and_returns_its_verdict(tmp_path, monke
 def test_the_series_counts_violations_and_pessimism_run_by_run(rng, monkeypatch):
     """Against the same data by hand; with the bound divided by 40, or no slack, it reports so."""
     worlds = bandit.random_instances(4, rng).repeat(6)
-    points = [(worlds, 60, 50)]
+    points = [(worlds, [60], 50)]
     found = bandit.series(points, np.random.default_rng(5))
     wins = bandit.sample_wins(worlds, 60, np.random.default_rng(5))
     promise = bandit.theorem(worlds, wins, 50)
@@ -1341,18 +1342,49 @@ def test_the_series_counts_violations_and_pessimism_run_by_run(rng, monkeypatch)
     assert found["gamma"] == [1] and spoilt["gamma"][0] == 0  # of the runs within reach, none
 
 
+def test_a_series_plays_its_ns_side_by_side(rng):
+    """As one after another, on the same draws; the two entries differ."""
+    worlds = bandit.random_instances(4, rng).repeat(3)
+    both = bandit.series([(worlds, [60, 3000], 30)], np.random.default_rng(5))
+    apart = bandit.series([(worlds, [n], 30) for n in (60, 3000)], np.random.default_rng(5))
+    assert both["n"] == [60, 3000] and set(both) == set(apart)
+    for name, column in both.items():
+        for here, there in zip(column, apart[name], strict=True):
+            assert np.allclose(here, there, atol=1e-9), name
+    assert not torch.allclose(*both["mixture"], atol=1e-3) and both["bound"][0] > both["bound"][1]
+
+
+def test_the_floor_is_asked_of_methods_that_are_told_no_reward(rng, monkeypatch):
+    """A perfect method in the place of the one that knows r* leaves the claim; in another's it
+    breaks it."""
+    honest = bandit.contest
+
+    def contest(perfect, points, names, seeds, rng):
+        errors, settings = honest(points, names[:3], 5, rng)
+        lines = {name: [e + 0.05 for e in errors["SPAC no C"]] for name in names}
+        lines[perfect] = [0 * e for e in lines[perfect]]
+        return lines, settings
+
+    monkeypatch.setattr(bandit, "slope", lambda *_: [0.5])
+    for perfect, holds in (("SPAC theorem", True), ("SPAC no C", False), ("RLHF greedy", False)):
+        monkeypatch.setattr(bandit, "contest", partial(contest, perfect))
+        claims, pictures = bandit.price(True, rng)
+        assert claims["lower_bound"]["holds"] == holds
+        assert all("SPAC theorem (r*)" in p["lines"] for p in pictures["panels"])
+
+
 def test_a_run_that_ends_in_no_number_counts_as_a_violation(rng, monkeypatch):
     """nan is not within a bound; the same runs with numbers are."""
     honest, worlds = bandit.run_spac_t, bandit.random_instances(3, rng).repeat(2)
 
     def broken(*args, **kwargs):
         run = honest(*args, **kwargs)
-        run.mixture[0, 1] = math.nan
+        run.mixture[0, 0, 1] = math.nan
         return run
 
-    found = bandit.series([(worlds, 3000, 20)], np.random.default_rng(0))
+    found = bandit.series([(worlds, [3000], 20)], np.random.default_rng(0))
     monkeypatch.setattr(bandit, "run_spac_t", broken)
-    spoilt = bandit.series([(worlds, 3000, 20)], np.random.default_rng(0))
+    spoilt = bandit.series([(worlds, [3000], 20)], np.random.default_rng(0))
     assert found["violations"] == [0] and spoilt["violations"] == [1]
 
 

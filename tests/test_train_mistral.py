@@ -91,6 +91,7 @@ def rows_of(count, seed=0, vocabulary=24, longest=7):
 
 def run_of(lm, rows, out=Path("unused"), stops=frozenset({2}), heldout=(), **options):
     settings = dict(max_response=7, batch=len(rows) or 1, generate_batch=4, micro_batch=8)
+    settings |= dict(lam=5.0)
     config = tm.Config(**settings | options)
     state = dict(round=1, step=0, saves=0, pi_t="", largest=0.0, seconds={}, peak_bytes={})
     state |= dict(noise=0.0, first={})
@@ -157,7 +158,7 @@ def test_without_its_mask_a_shared_row_is_wrong(monkeypatch):
     assert (tm.Scorer(lm, sharing=True)(item) - good).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("critic", ["smoothed", "linear"])
+@pytest.mark.parametrize("critic", tm.CRITICS)
 def test_the_loss_of_a_batch_is_spacs(critic):
     rows = rows_of(6)
     run, played = run_of(small_model(), rows, critic=critic, lam=3.0), fake_play(rows)
@@ -1484,7 +1485,7 @@ def test_another_argument_or_world_size_in_the_same_folder_is_refused(straight, 
     assert finish(start(argv, tmp_path / "said", 2)) == [1, 1]
     assert "processes was 1, is 2" in (tmp_path / "said.0").read_text()
     for words, told in (
-        (["--lam", "7"], "lam was 5.0, is 7.0"),
+        (["--lam", "7"], r"lam was [\d.]+, is 7.0"),
         (["--generate_batch", "8"], "generate_batch was 16, is 8"),  # samples were drawn by it
         (["--seed", "1"], "seed was 0, is 1; other rows; other weights"),
         (["--bf16"], "bf16 was False, is True"),
@@ -1938,6 +1939,37 @@ def test_the_tiny_worlds_labels_follow_bradley_terry_on_its_reward():
     assert world.reward("123456", "123456") == world.best
 
 
+def test_lam_is_by_default_a_rule_in_the_number_of_pairs_that_are_trained_on(straight):
+    run = json.loads((straight / "1" / "run.json").read_text())["run"]
+    dropped = len((straight / "1" / "dropped.jsonl").read_text().splitlines())
+    held, pairs = 10, 50 - dropped - 10
+    assert run["lam"] == round(0.8 * math.sqrt(min(40, pairs)), 2) and run["heldout"] == held
+    assert run["lam"] != round(0.8 * math.sqrt(50), 2)  # control: not of all rows
+
+
+def test_another_run_is_drawn_beside_and_must_be_one(straight, tmp_path, monkeypatch):
+    argv, lines = copy_run(straight, tmp_path / "run"), []
+    log = (straight / "1" / "log.jsonl").read_text()
+    rounds = [x for x in map(json.loads, log.splitlines()) if x["event"] == "round"]
+    axhline = tm.Figure().subplots().__class__.axhline
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.axhline",
+        lambda ax, y, **style: (lines.append(y), axhline(ax, y, **style))[1],
+    )
+    with pytest.raises(SystemExit, match="holds no run"):
+        in_process([*argv, "--beside", str(tmp_path / "none")])
+    in_process([*argv, "--rounds", "3", "--beside", str(straight / "1")])
+    assert lines == [rounds[-1]["average_reward"], rounds[-1]["reward"]]
+
+
+def test_the_command_alone_runs_dpo_in_as_many_steps_and_draws_it_beside():
+    ours, dpo = tm.parse([]), tm.parse(tm.DPO)
+    assert dpo.rounds == 1 and dpo.lam == math.inf and dpo.out != ours.out
+    assert dpo.rounds * dpo.epochs * ours.batch == ours.rounds * ours.epochs * dpo.batch
+    same = "seed rows heldout sft_epochs sft_lr max_prompt max_response".split()
+    assert all(getattr(ours, name) == getattr(dpo, name) for name in same)
+
+
 def test_options_out_of_range_or_abbreviated_are_refused(capsys):
     for argv in (
         ["--lam", "0"],
@@ -2022,7 +2054,7 @@ def test_the_average_is_the_exponential_mean_of_the_weights_and_stands_in_their_
         assert torch.allclose(mean, expected, atol=1e-6)
     assert not any(torch.allclose(m, w, atol=1e-6) for m, w in zip(run.average, course[-1]))
     last, mean, pi_t = run.scorer.sha256(), [m.clone() for m in run.average], run.state["pi_t"]
-    with run.averaged():
+    with tm.averaged(run):
         assert all(torch.equal(w, m) for w, m in zip(weights, mean))
         assert run.state["pi_t"] == run.scorer.sha256() != last
     assert run.scorer.sha256() == last and run.state["pi_t"] == pi_t
