@@ -75,7 +75,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, cache_utils
 from transformers.utils import chat_template_utils as chats
 
 import spac
@@ -86,9 +86,10 @@ OPTIMIZERS = {"adamw": FUSED, "adafactor": torch.optim.Adafactor}
 SFT_MODEL = "alignment-handbook/zephyr-7b-sft-full@ac6e600eefcce74f5e8bae1035d4f66019e93190"
 PAIRS = "HuggingFaceH4/ultrafeedback_binarized"
 TOLERANCE = {False: 1e-4, True: 0.1}  # of log pi in fp32, bf16: rms of nats / root of its tokens
+GROWING = {cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer}  # by columns
 LAM = 0.8  # times the root of the pairs: --lam by rule
 ADAFACTOR = 50  # times AdamW's rate: its step is a share of a matrix's rms, .02 in a new model
-FREE = {"rounds", "micro_batch", "recompute", "checkpoint_every", "beside"}  # on a restart
+FREE = {*"rounds micro_batch generate_tokens recompute checkpoint_every beside".split()}
 DPO = "--out out/tiny-dpo --lam inf --rounds 1 --epochs 10 --lr 3e-4 --beta .1".split()
 # as many steps as tiny's, at the best rate and beta of DPO's grid in this world (study_worlds.py)
 DAMAGED = "is damaged or missing. Go on from the last round in a new folder: --model OUT/round-N"
@@ -137,7 +138,8 @@ class Config:
     average: float = option(0.5, 0.5, "steps in OUT/average, share of all; 0: none", above=-1e-9)
     batch: int = option(64, 128, "pairs a step, over all processes")
     micro_batch: int = option(64, 4, "pairs a forward pass of a process: memory, not the loss")
-    generate_batch: int = option(250, 64, "prompts sampled together; each batch has its seed")
+    generate_batch: int = option(250, 512, "prompts that share a seed and a file of samples")
+    generate_tokens: int = option(65_536, 65_536, "prompts and responses sampled at a time: memory")
     checkpoint_every: int = option(50, 50, "steps between saved states")
     seed: int = option(0, 0, "of everything random", above=-1)
     bf16: bool = option(None, None, "layers compute in bf16; None: on a GPU")
@@ -748,8 +750,9 @@ def check_model(run: Run) -> None:
 
 
 def decode(lm: nn.Module, texts: list[list[int]], width: int, cache):
-    """Logits of what follows each text, left-padded to width: (B, V); and the cache. With a cache,
-    of all tokens but each text's last, the last alone is computed."""
+    """Logits of what follows each text, (B, V), and the cache. With a cache, left-padded to width
+    and of all tokens but each text's last, the last alone is computed."""
+    width = width if cache else max(map(len, texts))
     new, takes = 1 if cache else width, inspect.signature(lm.forward).parameters
     ids = torch.tensor([[0] * (new - len(x)) + x[-new:] for x in texts], device=lm.device)
     place = (torch.arange(width) - torch.tensor([[width - len(x)] for x in texts])).to(ids)
@@ -761,29 +764,49 @@ def decode(lm: nn.Module, texts: list[list[int]], width: int, cache):
     return told.logits[:, -1], told.get("cache")
 
 
+def join(cache, new, columns: int):
+    """The cache, with the rows of a new one: keys and values, left-padded to so many columns."""
+    for layer, more in zip(cache.layers, new.layers) if cache else ():
+        for kind in ("keys", "values"):
+            old, add = getattr(layer, kind)[:, :, -columns:], getattr(more, kind)
+            add = nn.functional.pad(add, (0, 0, old.shape[2] - add.shape[2], 0))
+            setattr(layer, kind, torch.cat([old, add]))
+        layer.cumulative_length = columns  # a sliding window counts what it has seen
+    return cache
+
+
 @torch.no_grad()
 def sample(run: Run, prompts: list[array], seed: int) -> list[list[int]]:
     """One true sample y ~ pi(.|x) a prompt, from the logits alone; an end token is there if it was
     drawn. A token is where the cumulative pi passes a uniform number of the row's own, so that no
-    company changes what a row says: rows that have ended leave, and cost nothing more."""
-    lm, width = run.scorer.lm.eval(), max(map(len, prompts))
-    room = min(run.config.max_response, least(lm, "max_position_embeddings") - width)
+    company changes what a row says: who has ended leaves, and who waits takes the place."""
+    lm, longest, texts = run.scorer.lm.eval(), max(map(len, prompts)), [[*x] for x in prompts]
+    room = min(run.config.max_response, least(lm, "max_position_embeddings") - longest)
+    places = max(1, run.config.generate_tokens // (longest + room))
     chances = [random.Random(seed_of(seed, i)) for i in range(len(prompts))]
-    texts, rows, cache = [[*x] for x in prompts], [*range(len(prompts))], None
-    for step in range(room):
-        logits, cache = decode(lm, [texts[i] for i in rows], width + step, cache)
+    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the longest come first
+    rows, cache, width = [], None, 0
+    while waiting or rows:
+        free, layers = places - len(rows), getattr(cache, "layers", ())
+        grows = all(type(layer) in GROWING and layer.is_initialized for layer in layers)
+        new = waiting[-free:] if not rows or (grows and free > places // 8) else []
+        waiting, now = waiting[: len(waiting) - len(new)], new or rows
+        logits, fresh = decode(lm, [texts[i] for i in now], width, None if new else cache)
+        columns = max((len(texts[i]) - 1 for i in rows), default=0)
+        cache = join(cache, fresh, columns) if new and rows else fresh
         cdf = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)
-        passed = cdf.new_tensor([[chances[i].random()] for i in rows]) * cdf[:, -1:]
+        passed = cdf.new_tensor([[chances[i].random()] for i in now]) * cdf[:, -1:]
         tokens = torch.searchsorted(cdf, passed, right=True).flatten().tolist()
         require(max(tokens) < cdf.shape[1], "a logit of the model is not finite")
-        for i, token in zip(rows, tokens):
+        for i, token in zip(now, tokens):
             texts[i].append(token)
-        going = [k for k, token in enumerate(tokens) if token not in run.stops]
-        rows = [rows[k] for k in going]
-        if not rows:
-            break
-        if cache and len(rows) < len(tokens):
+        rows = rows + new
+        width = max(len(texts[i]) for i in rows) if new else width + 1  # columns, one to be decoded
+        full = [len(texts[i]) == len(prompts[i]) + room for i in rows]
+        going = [k for k, i in enumerate(rows) if not full[k] and texts[i][-1] not in run.stops]
+        if cache and 0 < len(going) < len(rows):
             cache.reorder_cache(torch.tensor(going, device=lm.device))
+        rows = [rows[k] for k in going]
     return [text[len(x) :] for text, x in zip(texts, prompts)]
 
 

@@ -456,13 +456,16 @@ PASTS = {  # what a model keeps of the past: keys and values, the last of them, 
 
 @pytest.mark.parametrize("past", PASTS)
 def test_a_prompt_is_answered_as_if_it_were_alone_whatever_the_model_keeps_of_the_past(past):
-    lm, prompts = small_model(**PASTS[past]), [row.prompt for row in rows_of(12, longest=9)]
+    lm, prompts = small_model(**PASTS[past]), [row.prompt for row in rows_of(24, longest=9)]
     stops = {2, *range(10, 16)}  # about a quarter of all tokens: rows leave at many steps
     run = run_of(lm, [], max_response=20, stops=stops)
     ours = tm.sample(run, prompts, seed=3)
     assert ours == slow_samples(lm, prompts, 3, 20, stops)[0]
     assert len(set(map(len, ours))) > 3
     assert tm.sample(run, prompts[:5], seed=3) == ours[:5]
+    for places in (1, 5, 16):  # 16: two leave before another comes
+        few = run_of(lm, [], max_response=20, stops=stops, generate_tokens=places * 29)
+        assert tm.sample(few, prompts, seed=3) == ours
     assert tm.sample(run, prompts, seed=4) != ours  # control: other numbers, other samples
     short = [*min(prompts, key=len)]
     with torch.no_grad():  # control: a model that sees the padding says something else
@@ -480,6 +483,18 @@ def test_a_row_that_has_ended_is_computed_no_more():
     assert {width for _, width in sizes[1:]} == {1}
     assert sum(rows for rows, _ in sizes) == sum(map(len, ours))
     assert sum(map(len, ours)) < 0.6 * 12 * max(map(len, ours))  # control: all rows to the end
+
+
+def test_who_waits_takes_the_place_of_who_has_ended_and_no_more_than_fit_are_held():
+    lm, prompts, passes = small_model(), [row.prompt for row in rows_of(48, longest=9)], []
+    watch = dict(with_kwargs=True)
+    lm.register_forward_hook(lambda *call: passes.append(len(call[2]["input_ids"])), **watch)
+    options = dict(max_response=20, stops={2, *range(10, 16)}, generate_tokens=8 * 29)
+    ours = tm.sample(run_of(lm, [], **options), prompts, seed=3)
+    assert max(passes) == 8 and sum(passes) == sum(map(len, ours))
+    order = sorted(range(48), key=lambda i: -len(prompts[i]))
+    turns = [max(len(ours[i]) for i in order[k : k + 8]) for k in range(0, 48, 8)]
+    assert len(passes) < 0.9 * sum(turns)  # control: eight after eight, each waits for the slowest
 
 
 def test_logits_that_are_not_finite_end_the_sampling():
