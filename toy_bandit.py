@@ -453,11 +453,11 @@ def series(points: list[tuple[Instance, list[int], int]], rng: np.random.Generat
 
 
 def guarantee(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
-    """Eq. 10, 17, 20, 22, 23 on 20 random instances: error, bound, pessimism."""
+    """Eq. 10, 17, 20, 22, 23 on random instances: error, bound, pessimism."""
     ns = [300, 3000, 100_000] if quick else [300, 1000, 3000, 10_000, 30_000, 100_000]
-    instances = random_instances(20, rng)
-    plan = [(instances.repeat(5 if quick else 40), ns, 600)]
-    plan += [(instances.repeat(3 if quick else 5), [3000, 100_000], 3000)]
+    instances = random_instances(20 if quick else 60, rng)
+    plan = [(instances.repeat(5 if quick else 14), ns, 600)]
+    plan += [(instances.repeat(3), [3000, 100_000], 3000)]
     found = series(plan, rng)
     runs = int(sum(found["runs"]))
     names = ["T=600,n=3e3", "T=600,n=1e5", "T=3000,n=3e3", "T=3000,n=1e5"]

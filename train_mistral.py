@@ -90,8 +90,8 @@ GROWING = {cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer}  # b
 LAM = 0.8  # times the root of the pairs: --lam by rule
 ADAFACTOR = 50  # times AdamW's rate: its step is a share of a matrix's rms, .02 in a new model
 FREE = {*"rounds micro_batch generate_tokens recompute checkpoint_every beside".split()}
-DPO = "--out out/tiny-dpo --lam inf --rounds 1 --epochs 10 --lr 3e-4 --beta .1".split()
-# as many steps as tiny's, at the best rate and beta of DPO's grid in this world (study_worlds.py)
+DPO = "--out out/tiny-dpo --lam inf --rounds 1 --epochs 10 --lr 1e-3 --beta .03".split()
+# as many steps as tiny's, at the best cell of DPO's grid on 1,000 such pairs (study_worlds.py)
 DAMAGED = "is damaged or missing. Go on from the last round in a new folder: --model OUT/round-N"
 LEFT = "asked to stop: what is done is saved, the same command goes on from here"
 leaving = []  # signals that asked to stop
@@ -1025,7 +1025,7 @@ def judge(run: Run, name: str) -> dict:
     return means
 
 
-WORTH = {"reward": "true reward / best, on new prompts", "finished": "share of finished answers",
+WORTH = {"reward": "true reward / best", "finished": "share of finished answers",
          "heldout_implied": "share of held-out pairs that are told apart"}  # fmt: skip
 
 
@@ -1039,7 +1039,7 @@ def draw_curves(run: Run) -> None:
     fact = next(name for name in ("reward", "heldout_implied", "finished") if name in rounds[-1])
     for key, width, which in ((f"average_{fact}", 3, "averaged"), (fact, 1, "last")):
         curve = [line.get(key, math.nan) for line in rounds]
-        ax.plot(curve, "o-", color="#0072B2", lw=width, label=f"{run.out.name}, {which} weights")
+        ax.plot(curve, "o-", color="#0072B2", lw=width, label=f"{which} weights")
         if run.config.beside:
             told = map(json.loads, (other / "log.jsonl").read_text().splitlines())
             *_, end = (line.get(key, math.nan) for line in told if line["event"] == "round")
@@ -1052,7 +1052,7 @@ def draw_curves(run: Run) -> None:
         ax.set(xlabel="step, from round 1 on", ylabel="nats")
     for ax in figure.axes:
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.legend(frameon=False)
+        ax.legend(frameon=False, ncols=2, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.savefig(run.out / "curves.png", dpi=100)
 
 
@@ -1077,7 +1077,7 @@ def plan(run: Run) -> int:
         f"{tokens:,} tokens a round, and the samples'; processes: {world}")  # fmt: skip
     if steps < 20:
         say(f"    {steps} steps a round teach little: lower --batch, or raise --epochs or --lr")
-    if len(run.heldout) > len(run.rows) / 4:
+    if config.data and len(run.heldout) > len(run.rows) / 4:
         say("    more than a fifth of the pairs is held out: lower --heldout")
     room, known = least(lm, "max_position_embeddings"), len(lm.get_input_embeddings().weight)
     for row in run.rows + run.heldout:

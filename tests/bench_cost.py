@@ -92,7 +92,7 @@ class Sizes(NamedTuple):
 
 def run_of(lm, sizes: Sizes, **options) -> tuple[tm.Run, list[tm.Row]]:
     """A run that shares prompts, and rows with three responses of the same length."""
-    draw, options = random.Random(0), dict(micro_batch=sizes.pairs, lam=1.0) | options
+    draw, options = random.Random(0), dict(micro_batch=sizes.pairs, lam=5.0) | options
     run = tm.Run(tm.Config(**options), None, tm.Scorer(lm, True, CHUNK), None, set(), [], [], {})
 
     def ids(length):

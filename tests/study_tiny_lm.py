@@ -48,7 +48,7 @@ RUNS = {  # flags beside the preset's
 FACTS = "reward outside heldout_accuracy heldout_implied".split()
 
 
-def rounds_of(job: tuple[str, int, list[str]]) -> list[dict]:
+def rounds_of(job: tuple[str, int, tuple]) -> list[dict]:
     """The log's rounds of one run of the trainer."""
     name, seed, more = job
     out = ROOT / "out/tiny_lm" / f"{name}-{seed}{''.join(more)}"
@@ -97,7 +97,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="processes; they change no number")
     parser.add_argument("--quick", action="store_true", help="two seeds of few pairs")
     args = parser.parse_args()
-    small = "--rows 60 --heldout 20 --sft_epochs 1 --batch 30".split() if args.quick else []
+    small = tuple("--rows 60 --heldout 20 --sft_epochs 1 --batch 30".split() if args.quick else [])
     seeds = SEEDS[:2] if args.quick else SEEDS
     jobs = [(name, seed, small) for name in RUNS for seed in seeds]
     with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:

@@ -6,11 +6,11 @@ each its last policy is read, the average of its weights, and its oracle stop: t
 last policy, seed by seed, which nobody could choose without the true reward. SPAC runs at settings
 by RULE; a rival has a grid of lr x beta, a screening on tuning seeds sends its best cells on, and
 on the report seeds it may take, for each number of pairs and each of the three, whichever cell is
-best. No record of it stands in results/ yet: the study has been written, and tried by --quick.
+best.
 
 All seeds of a setting are trained at once: their weights are stacked, and every product is batched
 over them. tests/test_study_worlds.py holds that against the trainer. Runs that are done are kept
-under out/worlds, so that a study that was stopped goes on. An hour of one quiet core.
+under out/worlds, so that a study that was stopped goes on. An hour of two quiet cores.
 """
 
 import argparse

@@ -2052,7 +2052,7 @@ def test_the_learning_rate_warms_up_and_ends_near_zero():
 def test_the_average_is_the_exponential_mean_of_the_weights_and_stands_in_their_place(tmp_path):
     """Against a loop over the weights after each of 12 steps; horizon .5 x 3 rounds x 6 steps."""
     rows, course = rows_of(12), []
-    run = run_of(small_model(), rows, tmp_path, batch=4, lr=1e-2, rounds=3, average=0.5)
+    run = run_of(small_model(), rows, tmp_path, batch=4, lr=1e-2, rounds=3, epochs=2, average=0.5)
     weights, real = [*run.scorer.parameters()], run.charge
     by_hand = [weight.detach().clone() for weight in weights]
 
