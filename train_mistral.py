@@ -44,6 +44,7 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -74,7 +75,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, cache_utils
 from transformers.utils import chat_template_utils as chats
 
 import spac
@@ -85,9 +86,10 @@ OPTIMIZERS = {"adamw": FUSED, "adafactor": torch.optim.Adafactor}
 SFT_MODEL = "alignment-handbook/zephyr-7b-sft-full@ac6e600eefcce74f5e8bae1035d4f66019e93190"
 PAIRS = "HuggingFaceH4/ultrafeedback_binarized"
 TOLERANCE = {False: 1e-4, True: 0.1}  # of log pi in fp32, bf16: rms of nats / root of its tokens
+GROWING = {cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer}  # by columns
 LAM = 0.8  # times the root of the pairs: --lam by rule
 ADAFACTOR = 50  # times AdamW's rate: its step is a share of a matrix's rms, .02 in a new model
-FREE = {"rounds", "micro_batch", "recompute", "checkpoint_every", "beside"}  # on a restart
+FREE = {*"rounds micro_batch generate_tokens recompute checkpoint_every beside".split()}
 DPO = "--out out/tiny-dpo --lam inf --rounds 1 --epochs 10 --lr 1e-3 --beta .03".split()
 # as many steps as tiny's, at the best cell of DPO's grid on 1,000 such pairs (study_worlds.py)
 DAMAGED = "is damaged or missing. Go on from the last round in a new folder: --model OUT/round-N"
@@ -136,7 +138,8 @@ class Config:
     average: float = option(0.5, 0.5, "steps in OUT/average, share of all; 0: none", above=-1e-9)
     batch: int = option(64, 128, "pairs a step, over all processes")
     micro_batch: int = option(64, 4, "pairs a forward pass of a process: memory, not the loss")
-    generate_batch: int = option(250, 64, "prompts sampled together; each batch has its seed")
+    generate_batch: int = option(250, 512, "prompts that share a seed and a file of samples")
+    generate_tokens: int = option(65_536, 65_536, "prompts and responses sampled at a time: memory")
     checkpoint_every: int = option(50, 50, "steps between saved states")
     seed: int = option(0, 0, "of everything random", above=-1)
     bf16: bool = option(None, None, "layers compute in bf16; None: on a GPU")
@@ -746,25 +749,65 @@ def check_model(run: Run) -> None:
     say("responses to a prompt " + ("share one row" if scorer.sharing else "take a row each"))
 
 
+def decode(lm: nn.Module, texts: list[list[int]], width: int, cache):
+    """Logits of what follows each text, (B, V), and the cache. With a cache, left-padded to width
+    and of all tokens but each text's last, the last alone is computed."""
+    width = width if cache else max(map(len, texts))
+    new, takes = 1 if cache else width, inspect.signature(lm.forward).parameters
+    ids = torch.tensor([[0] * (new - len(x)) + x[-new:] for x in texts], device=lm.device)
+    place = (torch.arange(width) - torch.tensor([[width - len(x)] for x in texts])).to(ids)
+    more = dict(attention_mask=(place >= 0).long(), position_ids=place.clamp(min=0)[:, -new:])
+    more |= dict(next_sequence_length=new, cache=cache, is_first_iteration=not cache)
+    more |= dict(use_cache=True, logits_to_keep=1)
+    inputs = lm.prepare_inputs_for_generation(ids, **more)
+    told = lm(**{name: value for name, value in inputs.items() if name in takes})
+    return told.logits[:, -1], told.get("cache")
+
+
+def join(cache, new, columns: int):
+    """The cache, with the rows of a new one: keys and values, left-padded to so many columns."""
+    for layer, more in zip(cache.layers, new.layers) if cache else ():
+        for kind in ("keys", "values"):
+            old, add = getattr(layer, kind)[:, :, -columns:], getattr(more, kind)
+            add = nn.functional.pad(add, (0, 0, old.shape[2] - add.shape[2], 0))
+            setattr(layer, kind, torch.cat([old, add]))
+        layer.cumulative_length = columns  # a sliding window counts what it has seen
+    return cache
+
+
+@torch.no_grad()
 def sample(run: Run, prompts: list[array], seed: int) -> list[list[int]]:
-    """One true sample y ~ pi(.|x) a prompt: all that would bend it is off, and nothing comes from
-    the model's folder. An end token is there if it was sampled."""
-    lm, longest = run.scorer.lm.eval(), max(map(len, prompts))
+    """One true sample y ~ pi(.|x) a prompt, from the logits alone; an end token is there if it was
+    drawn. A token is where the cumulative pi passes a uniform number of the row's own, so that no
+    company changes what a row says: who has ended leaves, and who waits takes the place."""
+    lm, longest, texts = run.scorer.lm.eval(), max(map(len, prompts)), [[*x] for x in prompts]
     room = min(run.config.max_response, least(lm, "max_position_embeddings") - longest)
-    ids = torch.tensor([[0] * (longest - len(x)) + list(x) for x in prompts], device=lm.device)
-    mask = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in prompts])
-    settings = GenerationConfig(
-        do_sample=True, temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0,
-        max_new_tokens=room, eos_token_id=[*run.stops], pad_token_id=0,
-    )  # fmt: skip
-    with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        theirs, lm.generation_config = lm.generation_config, GenerationConfig()  # fills gaps above
-        whole = lm.generate(ids, settings, attention_mask=mask.to(ids), synced_gpus=False)
-        lm.generation_config = theirs
-    drawn = whole[:, longest:].tolist()
-    ends = [next((i for i, t in enumerate(y, 1) if t in run.stops), len(y)) for y in drawn]
-    return [y[:end] for y, end in zip(drawn, ends)]
+    places = max(1, run.config.generate_tokens // (longest + room))
+    chances = [random.Random(seed_of(seed, i)) for i in range(len(prompts))]
+    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the longest come first
+    rows, cache, width = [], None, 0
+    while waiting or rows:
+        free, layers = places - len(rows), getattr(cache, "layers", ())
+        grows = all(type(layer) in GROWING and layer.is_initialized for layer in layers)
+        new = waiting[-free:] if not rows or (grows and free > places // 8) else []
+        waiting, now = waiting[: len(waiting) - len(new)], new or rows
+        logits, fresh = decode(lm, [texts[i] for i in now], width, None if new else cache)
+        columns = max((len(texts[i]) - 1 for i in rows), default=0)
+        cache = join(cache, fresh, columns) if new and rows else fresh
+        cdf = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)
+        passed = cdf.new_tensor([[chances[i].random()] for i in now]) * cdf[:, -1:]
+        tokens = torch.searchsorted(cdf, passed, right=True).flatten().tolist()
+        require(max(tokens) < cdf.shape[1], "a logit of the model is not finite")
+        for i, token in zip(now, tokens):
+            texts[i].append(token)
+        rows = rows + new
+        width = max(len(texts[i]) for i in rows) if new else width + 1  # columns, one to be decoded
+        full = [len(texts[i]) == len(prompts[i]) + room for i in rows]
+        going = [k for k, i in enumerate(rows) if not full[k] and texts[i][-1] not in run.stops]
+        if cache and 0 < len(going) < len(rows):
+            cache.reorder_cache(torch.tensor(going, device=lm.device))
+        rows = [rows[k] for k in going]
+    return [text[len(x) :] for text, x in zip(texts, prompts)]
 
 
 def play(run: Run, rows: list[Row], name: str) -> list[Row]:

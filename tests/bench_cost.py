@@ -2,9 +2,9 @@
 
 floor: the multiplications that a step must do, by a formula that torch's counter must confirm, and
 how long they alone take here, each product at its own shape; the step's distance from that, and
-where the rest goes. play: sample() beside transformers' continuous batching, scoring beside
-training's forward pass, and what batch-mates change. growth: seconds and bytes of a step with
-pairs, prompt, response and vocabulary; of a run with rounds and processes; and the model that
+where the rest goes. play: sample() beside transformers' generate and continuous batching, scoring
+beside training's forward pass, and what batch-mates change. growth: seconds and bytes of a step
+with pairs, prompt, response and vocabulary; of a run with rounds and processes; and the model that
 explains them. CPU, fp32, one thread (CPU seconds), random weights. Writes OUT/bench_cost.json
 (with clock times, hence never twice the same). About eight minutes; --quick: two.
 
@@ -57,7 +57,10 @@ goal    floor      tiny      .6   1    seconds of the products a step must do / 
 goal    floor      wide      .8   1    the same with 7B's proportions
 goal    scoring    tiny      0    1.1  seconds to score / of training's forward pass, the same rows
 goal    scoring    wide      0    1.1  the same with 7B's proportions
-goal    generation tiny      1    1e9  tokens a second, sample() / continuous batching, on this CPU
+goal    generate   tiny      1.7  1e9  tokens a second, sample() / transformers' generate
+goal    generate   wide      1.4  1e9  the same with 7B's proportions
+goal    continuous tiny      1    1e9  the same, sample() / transformers' continuous batching
+goal    continuous wide      1    1e9  the same with 7B's proportions
 goal    batchmates logits    0    1e-4 largest change of a logit by padding and batch-mates
 goal    batchmates logp      0    1e-3 largest change of log pi(y|x) by batch-mates, nats
 goal    growth     seconds   .75  1.25 model / measured, the point furthest off
@@ -249,19 +252,38 @@ def ragged(run: tm.Run, count: int, longest: int) -> list[list[int]]:
     return [draw.choices(range(3, V), k=draw.randint(longest // 8, longest)) for _ in range(count)]
 
 
-def continuous(run: tm.Run, prompts: list[list[int]]) -> list[list[int]]:
-    """True samples by transformers' continuous batching, whose errors are not raised."""
-    lm, logger = run.scorer.lm, logging.getLogger("ContinuousBatchingLogger")
-    settings = GenerationConfig(
+def bare(run: tm.Run) -> GenerationConfig:
+    """All that would bend a sample of transformers' off."""
+    return GenerationConfig(
         do_sample=True, temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0,
         max_new_tokens=run.config.max_response, eos_token_id=[*run.stops], pad_token_id=0,
     )  # fmt: skip
+
+
+def generate(run: tm.Run, prompts: list[list[int]], batch: int) -> list[list[int]]:
+    """True samples by transformers' generate: so many at a time, all until the last has ended."""
+    lm, answers = run.scorer.lm, []
+    lm.generation_config = GenerationConfig()
+    for part in (prompts[i : i + batch] for i in range(0, len(prompts), batch)):
+        longest = max(map(len, part))
+        ids = torch.tensor([[0] * (longest - len(x)) + x for x in part])
+        mask = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in part])
+        drawn = lm.generate(ids, bare(run), attention_mask=mask)[:, longest:].tolist()
+        ends = [next((i for i, t in enumerate(y, 1) if t in run.stops), len(y)) for y in drawn]
+        answers += [y[:end] for y, end in zip(drawn, ends)]
+    return answers
+
+
+def continuous(run: tm.Run, prompts: list[list[int]], batch: int) -> list[list[int]]:
+    """True samples by transformers' continuous batching, whose errors are not raised."""
+    lm, logger = run.scorer.lm, logging.getLogger("ContinuousBatchingLogger")
     logger.setLevel(logging.CRITICAL)
     # On a CPU it would take most of the memory for its cache: pages of 256 tokens.
     room = dict(num_blocks=2 * len(prompts), max_batch_tokens=512)
     room = room if lm.device.type == "cpu" else {}
-    attention, options = lm.config._attn_implementation, ContinuousBatchingConfig(seed=0, **room)
-    found = [*lm.generate_batch(prompts, settings, options).values()]
+    attention = lm.config._attn_implementation
+    options = ContinuousBatchingConfig(seed=0, max_requests_per_batch=batch, **room)
+    found = [*lm.generate_batch(prompts, bare(run), options).values()]
     lm.set_attn_implementation(attention)
     failed = [result.error for result in found if result.error]
     if failed or len(found) < len(prompts):
@@ -270,23 +292,23 @@ def continuous(run: tm.Run, prompts: list[list[int]]) -> list[list[int]]:
 
 
 def generation(run: tm.Run, prompts: list, batch: int, repetitions: int, clock) -> dict:
-    """Tokens a second: sample() on batches sorted by prompt length as play() makes them; and
-    continuous batching, which takes all prompts at once and fills the place of who has ended."""
+    """Tokens a second, all with places for batch prompts: sample(); generate, sorted by length as
+    play() would; and continuous batching."""
     prompts, made = sorted(prompts, key=len), {}
-    batches = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
 
-    def ours():
-        made["sample"] = [y for i, part in enumerate(batches) for y in tm.sample(run, part, i)]
+    def keep(name, way, *more):
+        made[name] = way(run, prompts, *more)
 
-    def theirs():
-        made["continuous"] = continuous(run, prompts)
-
-    ways = {"sample": ours, "continuous": theirs}
+    ways = {
+        "sample": partial(keep, "sample", tm.sample, 0),
+        "generate": partial(keep, "generate", generate, batch),
+        "continuous": partial(keep, "continuous", continuous, batch),
+    }
     seconds = bench.take_turns(ways, repetitions, clock)
     tokens = {name: sum(map(len, made[name])) for name in ways}
     rates = {name: tokens[name] / seconds[name] for name in ways}
-    ratio = rates["sample"] / rates["continuous"]
-    found = {"tokens_a_second": rates, "tokens": tokens, "ratio": ratio}
+    ratios = {name: rates["sample"] / rates[name] for name in ("generate", "continuous")}
+    found = {"tokens_a_second": rates, "tokens": tokens, "ratios": ratios}
     return found | {"prompts": len(prompts), "batch": batch}
 
 
@@ -335,15 +357,16 @@ def batchmates(run: tm.Run, rows: list[tm.Row]) -> dict:
 
 
 def play(lm, quick: bool, repetitions: int) -> dict:
-    longest, count = (32, 8) if quick else (128, 32)
-    run, _ = run_of(lm, Sizes(1, 1, 1), max_response=longest // 2, micro_batch=4)
+    longest, count, batch = (32, 8, 4) if quick else (128, 64, 16)
+    sizes = dict(max_response=longest // 2, generate_tokens=batch * 3 * longest // 2)
+    run, _ = run_of(lm, Sizes(1, 1, 1), micro_batch=4, **sizes)
     prompts = ragged(run, count, longest)
-    answers = [tm.sample(run, prompts, seed) for seed in range(3)]
+    scored = prompts[: count // 2]
+    answers = [tm.sample(run, scored, seed) for seed in range(3)]
     logps = [-5.0 * longest] * 3
-    rows = [tm.Row(0, array("i", x), *ys[:2], ys[2:], logps) for x, *ys in zip(prompts, *answers)]
+    rows = [tm.Row(0, array("i", x), *ys[:2], ys[2:], logps) for x, *ys in zip(scored, *answers)]
     found = {"scoring": scoring(run, rows, repetitions), "batchmates": batchmates(run, rows)}
-    few = max(1, repetitions // 2)
-    return found | {"generation": generation(run, prompts, count // 2, few, time.process_time)}
+    return found | {"generation": generation(run, prompts, batch, repetitions, time.process_time)}
 
 
 # -------------------------------------------------------- growth
@@ -474,7 +497,9 @@ def main() -> int:
     claims = judge("flops", {"deviation": deviation})
     claims |= judge("floor", {name: floors[name]["share_of_floor"] for name in SIZES})
     claims |= judge("scoring", {name: found["scoring"]["ratio"] for name, found in plays.items()})
-    claims |= judge("generation", {"tiny": plays["tiny"]["generation"]["ratio"]})
+    for name in ("generate", "continuous"):
+        ratios = {shape: found["generation"]["ratios"][name] for shape, found in plays.items()}
+        claims |= judge(name, ratios)
     mates = [found["batchmates"] for found in plays.values()]
     claims |= judge("batchmates", {key: max(m[key] for m in mates) for key in ("logits", "logp")})
     ratios = growing["model/measured"]

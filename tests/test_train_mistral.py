@@ -19,8 +19,10 @@ import sys
 import time
 import weakref
 from array import array
+from bisect import bisect
 from collections import Counter
 from datetime import datetime
+from itertools import accumulate
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
@@ -429,30 +431,98 @@ def test_sampling_leaves_the_global_generator_alone_and_depends_on_the_seed():
     assert first == again != other
 
 
+def slow_samples(lm, prompts, seed, most=7, stops=(2,)):
+    """One prompt after another, each token from a fresh forward pass of all before it, no padding
+    and no cache: where the running sum of pi passes a uniform number. And the logits of each."""
+    answers, steps = [], []
+    for i, prompt in enumerate(prompts):
+        y, logits, chance = [], [], random.Random(tm.seed_of(seed, i))
+        while len(y) < most and not (y and y[-1] in stops):
+            with torch.no_grad():
+                logits.append(lm(torch.tensor([[*prompt, *y]])).logits[0, -1].double())
+            y.append(bisect(list(accumulate(logits[-1].softmax(-1).tolist())), chance.random()))
+        answers.append(y)
+        steps.append(logits)
+    return answers, steps
+
+
+PASTS = {  # what a model keeps of the past: keys and values, the last of them, or no such thing
+    "all": dict(),
+    "window": dict(sliding_window=4),
+    "bloom": dict(kind=BloomConfig),
+    "state": dict(kind=MambaConfig, state_size=8, tie_word_embeddings=False),
+}
+
+
+@pytest.mark.parametrize("past", PASTS)
+def test_a_prompt_is_answered_as_if_it_were_alone_whatever_the_model_keeps_of_the_past(past):
+    lm, prompts = small_model(**PASTS[past]), [row.prompt for row in rows_of(24, longest=9)]
+    stops = {2, *range(10, 16)}  # about a quarter of all tokens: rows leave at many steps
+    run = run_of(lm, [], max_response=20, stops=stops)
+    ours = tm.sample(run, prompts, seed=3)
+    assert ours == slow_samples(lm, prompts, 3, 20, stops)[0]
+    assert len(set(map(len, ours))) > 3
+    assert tm.sample(run, prompts[:5], seed=3) == ours[:5]
+    for places in (1, 5, 16):  # 16: two leave before another comes
+        few = run_of(lm, [], max_response=20, stops=stops, generate_tokens=places * 29)
+        assert tm.sample(few, prompts, seed=3) == ours
+    assert tm.sample(run, prompts, seed=4) != ours  # control: other numbers, other samples
+    short = [*min(prompts, key=len)]
+    with torch.no_grad():  # control: a model that sees the padding says something else
+        seen, alone = (lm(torch.tensor([ids])).logits[0, -1] for ids in ([0, 0, *short], short))
+    assert (seen - alone).abs().max() > 1e-3
+
+
+def test_a_row_that_has_ended_is_computed_no_more():
+    lm, prompts, sizes = small_model(), [row.prompt for row in rows_of(12)], []
+    watch = dict(with_kwargs=True)
+    lm.register_forward_hook(lambda *call: sizes.append(call[2]["input_ids"].shape), **watch)
+    run = run_of(lm, [], max_response=20, stops={2, *range(10, 16)})
+    ours = tm.sample(run, prompts, seed=3)
+    assert sizes[0] == (12, max(map(len, prompts)))
+    assert {width for _, width in sizes[1:]} == {1}
+    assert sum(rows for rows, _ in sizes) == sum(map(len, ours))
+    assert sum(map(len, ours)) < 0.6 * 12 * max(map(len, ours))  # control: all rows to the end
+
+
+def test_who_waits_takes_the_place_of_who_has_ended_and_no_more_than_fit_are_held():
+    lm, prompts, passes = small_model(), [row.prompt for row in rows_of(48, longest=9)], []
+    watch = dict(with_kwargs=True)
+    lm.register_forward_hook(lambda *call: passes.append(len(call[2]["input_ids"])), **watch)
+    options = dict(max_response=20, stops={2, *range(10, 16)}, generate_tokens=8 * 29)
+    ours = tm.sample(run_of(lm, [], **options), prompts, seed=3)
+    assert max(passes) == 8 and sum(passes) == sum(map(len, ours))
+    order = sorted(range(48), key=lambda i: -len(prompts[i]))
+    turns = [max(len(ours[i]) for i in order[k : k + 8]) for k in range(0, 48, 8)]
+    assert len(passes) < 0.9 * sum(turns)  # control: eight after eight, each waits for the slowest
+
+
+def test_logits_that_are_not_finite_end_the_sampling():
+    lm = small_model()
+    run = run_of(lm, [])
+    with torch.no_grad():
+        assert tm.sample(run, [[1, 7]], seed=0)  # control
+        lm.get_output_embeddings().weight[5] = math.nan
+    with pytest.raises(SystemExit, match="not finite"):
+        tm.sample(run, [[1, 7]], seed=0)
+
+
 def test_the_score_of_sampled_ids_is_the_samplers_own_log_probability():
     rows, lm = rows_of(12), small_model()
-    run = run_of(lm, rows, generate_batch=12)
+    run = run_of(lm, rows)
     prompts = [r.prompt for r in rows]
-    ours = tm.sample(run, prompts, seed=3)
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(x)) + list(x) for x in prompts])
-    mask = (torch.arange(longest) >= torch.tensor([[longest - len(x)] for x in prompts])).long()
-    torch.manual_seed(3)
-    out = lm.generate(
-        ids, attention_mask=mask, max_new_tokens=7, do_sample=True, top_k=0, eos_token_id=2,
-        pad_token_id=2, output_logits=True, return_dict_in_generate=True,
-    )  # fmt: skip
-    drawn = out.sequences[:, longest:].tolist()
-    steps = torch.stack(out.logits, 1).double().log_softmax(-1)
+    ours, (drawn, steps) = tm.sample(run, prompts, seed=3), slow_samples(lm, prompts, 3)
     with torch.no_grad():
         scored = run.scorer([(x, [y]) for x, y in zip(prompts, ours)])[:, 0]
     for i, y in enumerate(ours):
-        assert y == drawn[i][: len(y)]  # the sampled ids, an end token only where it was drawn
-        assert (y[-1] == 2) == (2 in drawn[i]) and 2 not in y[:-1]
-        own = sum(steps[i, t, token] for t, token in enumerate(y)).item()
+        assert y == drawn[i]  # the sampled ids, an end token only where it was drawn
+        assert 2 not in y[:-1] and (y[-1] == 2 or len(y) == 7)
+        own, cooled = (
+            sum((logits * cold).log_softmax(-1)[token].item() for logits, token in zip(steps[i], y))
+            for cold in (1, 2)
+        )
         assert scored[i].item() == pytest.approx(own, abs=1e-4)
-        cooled = sum((steps[i] / 0.5).log_softmax(-1)[t, token] for t, token in enumerate(y))
-        assert abs(scored[i].item() - cooled.item()) > 1e-3  # control: another temperature
+        assert abs(scored[i].item() - cooled) > 1e-3  # control: another temperature
 
 
 def test_at_step_0_pi_is_pi_t_and_a_model_that_is_not_is_refused(tmp_path, capsys):
