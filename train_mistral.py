@@ -68,7 +68,6 @@ import tokenizers
 import torch
 import torch.distributed as dist
 import transformers
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -1035,6 +1034,8 @@ def last_round(folder: str) -> dict | None:
 def draw_curves(run: Run) -> None:
     """curves.png: what each round's weights are worth, thick the averaged ones, dashed where the
     run --beside ended; and each term of the loss step by step."""
+    from matplotlib.figure import Figure  # 24 MiB that no other rank needs
+
     logged, other = run.state["logs"]["log.jsonl"], run.config.beside
     rounds, steps = ([x for x in logged if x["event"] == kind] for kind in ("round", "step"))
     figure = Figure(figsize=(9, 6.5), layout="constrained")

@@ -47,10 +47,10 @@ EXPECTED = """
 theorem same_work      loss    0    .01  |loss - TRL's| / |loss - log 2| of the second step, largest
 theorem same_work      least   .01  .693 the smallest of these losses: saturated, they tell nothing
 theorem same_work      logps   0    1e-5 |log pi / TRL's - 1| of chosen and rejected at the start
-goal    tiny_two       speed   2    1e9  pairs a CPU second, two responses / the fastest TRL
+goal    tiny_two       speed   2.2  1e9  pairs a CPU second, two responses / the fastest TRL
 goal    tiny_two       peak    0    .55  peak of the whole process / the smallest TRL
 goal    wide_two       speed   1.2  1e9  pairs a CPU second, two responses / the fastest TRL
-goal    smollm2_three  speed   1    1e9  pairs a CPU second, three responses / TRL's two
+goal    smollm2_three  speed   1.15 1e9  pairs a CPU second, three responses / TRL's two
 goal    prefix_sharing 150     1.25 1e9  three responses in one row / three rows, prompts of 150
 goal    prefix_sharing 450     1.6  1e9  the same, prompts of 450 tokens
 goal    head           growth  0    .45  growth of a step, chunks of the head / all logits
