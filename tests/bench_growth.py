@@ -186,7 +186,7 @@ def main() -> int:
     if config.trl:
         asking = [config.trl, "-c", "from importlib.metadata import version; print(version('trl'))"]
         setting["trl"] = subprocess.run(asking, capture_output=True, text=True).stdout.strip()
-    return bandit.report(out, "bench_growth", claims, {"growth": {"points": points}}, setting)
+    return bandit.report(out, "bench_growth", claims, {"step": {"points": points}}, setting)
 
 
 if __name__ == "__main__":

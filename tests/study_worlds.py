@@ -808,8 +808,8 @@ def exact(lab: Lab) -> dict:
 
 
 def draw(path: Path, methods: dict) -> None:
-    """Above, how the true reward moves along a run; below, where it ends for more and more pairs.
-    SPAC blue, its critic off pink, DPO orange; thick: averaged weights, thin: the last ones."""
+    """Above, how the true reward moves along a run; below, where averaged weights end for more and
+    more pairs, with 95 % intervals (dodged). A method has one colour; thin: the last weights."""
     colours = {OURS: "#0072B2", OFF: "#CC79A7", "DPO": "#D55E00", "RPO": "#009E73",
                "proximal": "#8C564B"}  # fmt: skip
     figure = Figure(figsize=(11, 8.4), layout="constrained")
@@ -823,29 +823,32 @@ def draw(path: Path, methods: dict) -> None:
         for name in (OURS, OFF, "DPO"):
             for which, width in (("average", 3), ("last", 1)):
                 line = methods[where][name]["curves"][which]
-                style = dict(color=colours[name], lw=width, label=f"{name}, {which}")
-                run.plot(range(0, 101, 10), line, **style)
+                run.plot(range(0, 101, 10), line, color=colours[name], lw=width)
         n = where.split("-")[1]
         run.set(title=f"{about}: one run on {int(n):,} pairs", xlabel="share of the run (%)")
-        for name, colour in colours.items():
+        x = np.array([int(p.split("-")[1]) for p in points])
+        for k, (name, colour) in enumerate(colours.items()):
             told = [methods[p][name]["average"]["reward"] for p in points]
-            x = [int(p.split("-")[1]) for p in points]
             mean, low, high = np.array(told).T
-            ends.plot(x, mean, "o-", color=colour, lw=2.5, label=f"{name}, average")
-            ends.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+            bars = dict(yerr=(mean - low, high - mean), color=colour, elinewidth=1, capsize=3)
+            ends.errorbar(x * 1.03 ** (k - 2), mean, lw=2.5, marker="o", ms=5, label=name, **bars)
         stops = [
             max(m["oracle stop"]["reward"][0] for k, m in methods[p].items() if "oracle stop" in m
                 and k not in (OURS, LINEAR))
             for p in points
         ]  # fmt: skip
-        ends.plot(x, stops, "k--", lw=1, label="any rival, stopped by an oracle")
+        ends.plot(x, stops, "k--", lw=1, label="a rival's last weights, stopped by an oracle")
         ends.set(title=f"{about}: the end of the run", xlabel="preference pairs", xscale="log")
         ends.set_xticks(x, [f"{n:,}" for n in x], minor=False)
         ends.minorticks_off()
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylabel("true reward / best (mean of the seeds)")
-        axis.legend(frameon=False, fontsize=9)
+    handles, labels = axes[1, 0].get_legend_handles_labels()
+    for width, about in ((3, "averaged weights"), (1, "last weights")):
+        handles += axes[0, 0].plot([], [], color="#555555", lw=width)
+        labels.append(about)
+    figure.legend(handles, labels, frameon=False, ncols=4, loc="outside upper center")
     figure.savefig(path, dpi=100)
 
 

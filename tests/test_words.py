@@ -808,6 +808,7 @@ def test_figures_are_drawn_from_the_record_beside_them(tmp_path, monkeypatch):
     rasteriser come with matplotlib, but a rounding elsewhere may tip a pixel."""
     monkeypatch.syspath_prepend(ROOT / "tests")
     monkeypatch.syspath_prepend(ROOT)
+    import bench_growth
     import study_practical
     import study_worlds
 
@@ -827,6 +828,8 @@ def test_figures_are_drawn_from_the_record_beside_them(tmp_path, monkeypatch):
             getattr(study_practical, f"draw_{name}")(again, everything[name])
         elif name == "worlds":
             study_worlds.draw(again, everything["methods"])
+        elif name == "bench_growth":
+            bench_growth.draw(everything["step"]["points"], again)
         else:
             toy_bandit.draw(again, everything[name]["panels"])
         assert not differs(pixels(again), there), name
