@@ -80,8 +80,7 @@ from transformers.utils import chat_template_utils as chats
 import spac
 
 CRITICS = {name: getattr(spac, f"{name}_critic") for name in ("smoothed", "linear", "proximal")}
-FUSED = partial(torch.optim.AdamW, fused=True)  # one pass over the weights, on a CPU too
-OPTIMIZERS = {"adamw": FUSED, "adafactor": torch.optim.Adafactor}
+OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, fused=True), "adafactor": torch.optim.Adafactor}
 SFT_MODEL = "alignment-handbook/zephyr-7b-sft-full@ac6e600eefcce74f5e8bae1035d4f66019e93190"
 PAIRS = "HuggingFaceH4/ultrafeedback_binarized"
 TOLERANCE = {False: 1e-4, True: 0.1}  # of log pi in fp32, bf16: rms of nats / root of its tokens
@@ -172,6 +171,8 @@ def parse(argv: list[str] | None = None) -> Config:
         above, most = fields[name]["above"], fields[name]["most"]
         if type(value) in (int, float) and not above < value <= most:
             parser.error(f"--{name} {value} must be above {above} and at most {most}")
+    if config.beside and not last_round(config.beside):
+        parser.error(f"--beside {config.beside} holds no run: its log.jsonl has no round")
     return config
 
 
@@ -269,10 +270,8 @@ def messages(turns, role: str) -> list[dict]:
     """Text, or messages -> messages of non-empty Unicode text. Raises ValueError, with a reason."""
     turns, cleaned = [{"role": role, "content": turns}] if isinstance(turns, str) else turns, []
     for turn in turns if isinstance(turns, list) else []:
-        require(isinstance(turn, dict), "an empty or no text", ValueError)
-        said = {"content": "" if turn.get("tool_calls") else None}
-        said |= {key: turn[key] for key in SPOKEN if turn.get(key)}
-        text = said["content"]
+        said = {key: turn[key] for key in SPOKEN if isinstance(turn, dict) and turn.get(key)}
+        text = said.setdefault("content", "" if "tool_calls" in said else None)
         fine = isinstance(text, str) and (text.strip() or len(said) > 1)
         require(fine, "an empty or no text", ValueError)
         require(text == text.encode(errors="replace").decode(), "not Unicode", ValueError)
@@ -379,10 +378,8 @@ def encode(row, number: int, tokenizer, stops: set[int], config: Config, now=Non
         require(len(ids) > 1, "nothing of a response is left", ValueError)
         responses.append(ids[: config.max_response])
     require(responses[0] != responses[1], "chosen equals rejected, or does once cut", ValueError)
-    if prompt[:1] != bos and tokenizer("a").input_ids[:1] == bos:
-        prompt = bos + prompt  # the template left it to the tokenizer
-    kept = prompt[: prompt[:1] == bos]
-    prompt = kept + prompt[len(kept) :][len(kept) - config.max_prompt :]
+    kept = bos if bos in (prompt[:1], tokenizer("a").input_ids[:1]) else []  # by either's habit
+    prompt = kept + prompt[prompt[:1] == bos :][len(kept) - config.max_prompt :]
     return Row(number, *(array("i", ids) for ids in (prompt, *responses)))
 
 
@@ -579,8 +576,7 @@ def seal(path: Path, content, key: str = "") -> None:
 
 
 def unseal(path: Path, key: str = ""):
-    """What was sealed and belongs to the key; None where the file is damaged or missing. Tensors
-    stay in the file until they are used."""
+    """What was sealed and belongs to the key; None where the file is damaged or missing."""
     if path.exists():
         sha256, left = hashlib.sha256(), path.stat().st_size - len(f"{'':64} {key}")
         with open(path, "rb") as file:
@@ -624,13 +620,12 @@ class Run:
 
     def charge(self, phase: str) -> None:
         """Adds the time since the last call to a phase's seconds, and notes its peak memory."""
-        import resource  # as fcntl
+        from resource import RUSAGE_SELF, getrusage  # as fcntl
 
         seconds, peaks, before = self.state["seconds"], self.state["peak_bytes"], self.since
         self.since = time.perf_counter()
         seconds[phase] = seconds.get(phase, 0.0) + self.since - before
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        host *= 1 if sys.platform == "darwin" else 1024
+        host = getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         peaks[phase] = max(peaks.get(phase, 0), torch.cuda.max_memory_allocated() or host)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -696,8 +691,7 @@ class Run:
             made_of = dict(config=lm.config, state_dict=weights, dtype=dtype)
             served = type(lm).from_pretrained(None, **made_of)
             served.generation_config = lm.generation_config
-            folder = self.out / name
-            temporary = folder.with_name(folder.name + ".tmp")
+            folder, temporary = self.out / name, self.out / f"{name}.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
             served.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
@@ -963,23 +957,14 @@ def check_step(run: Run, values: list[dict], norm: float) -> None:
 
 
 # -------------------------------------------------------- what a person sees
-@contextlib.contextmanager
-def averaged(run: Run):
-    """The averaged weights stand in the model, and the last ones in their place."""
-    pi_t, weights = run.state["pi_t"], run.scorer.parameters()
-    shards = [local(weight.detach()) for weight in weights if weight.requires_grad]
-
-    def swap() -> None:
-        for shard, mean in zip(shards, run.average):
-            last = shard.clone()
-            shard.copy_(mean)
-            mean.copy_(last)
-
-    swap()
+def swap(run: Run) -> None:
+    """The averaged weights and the model's change places."""
+    weights = [weight.detach() for weight in run.scorer.parameters() if weight.requires_grad]
+    for shard, mean in zip(map(local, weights), run.average):
+        last = shard.clone()
+        shard.copy_(mean)
+        mean.copy_(last)
     run.state["pi_t"] = run.scorer.sha256()
-    yield
-    swap()
-    run.state["pi_t"] = pi_t
 
 
 def evaluate(run: Run) -> None:
@@ -987,9 +972,10 @@ def evaluate(run: Run) -> None:
     number, spent = run.state["round"], {k: run.state[k] for k in ("seconds", "peak_bytes")}
     means = judge(run, f"heldout-{number}")
     if run.average:
-        with averaged(run):
-            run.save_model("average")
-            means |= {f"average_{k}": v for k, v in judge(run, f"average-{number}").items()}
+        swap(run)
+        run.save_model("average")
+        means |= {f"average_{k}": v for k, v in judge(run, f"average-{number}").items()}
+        swap(run)
     means["max_implied_reward"] = run.state["largest"]
     run.log("log.jsonl", {"event": "round", "round": number} | means | spent)
     if number and dist.get_rank() == 0:
@@ -1032,8 +1018,7 @@ def last_round(folder: str) -> dict | None:
 
 
 def draw_curves(run: Run) -> None:
-    """curves.png: what each round's weights are worth, thick the averaged ones, dashed where the
-    run --beside ended; and each term of the loss step by step."""
+    """curves.png: what each round's weights are worth, and the terms of the loss at each step."""
     from matplotlib.figure import Figure  # 24 MiB that no other rank needs
 
     logged, other = run.state["logs"]["log.jsonl"], run.config.beside
@@ -1061,8 +1046,7 @@ def draw_curves(run: Run) -> None:
 
 # -------------------------------------------------------- the plan
 def plan(run: Run) -> int:
-    """Says what will be done and what it takes; returns the bytes of disk. Refuses rows that the
-    model cannot read."""
+    """Says what will be done, and refuses what cannot; returns the bytes of disk it takes."""
     config, world, dropped = run.config, dist.get_world_size(), run.state["logs"]["dropped.jsonl"]
     say(f"{len(run.rows)} pairs to train on, {len(run.heldout)} held out, {len(dropped)} dropped")
     for reason, count in Counter(line["reason"] for line in dropped).items():
@@ -1091,12 +1075,11 @@ def plan(run: Run) -> int:
         require(token < known, told + f"model {known} rows: take the tokenizer that came with it")
     weights = sum(weight.numel() for weight in run.scorer.parameters())
     state, training = (12, 16) if config.optimizer == "adamw" else (4, 8)  # bytes: see the top
-    state, folders = (
-        (state + 4, config.rounds + 2) if config.average else (state, config.rounds + 1)
-    )
+    averages = 1 if config.average else 0  # in each saved state, and in a folder
     say(f"{weights:,} parameters: {training * weights / world / 1e9:.3g} GB a process with their "
         f"gradients and {config.optimizer}, {weights / 5e8:.3g} to play in bf16")  # fmt: skip
-    return (2 * state + folders * (2 if config.bf16 else 4)) * weights
+    folders = (config.rounds + 1 + averages) * (2 if config.bf16 else 4)
+    return (2 * (state + 4 * averages) + folders) * weights
 
 
 # -------------------------------------------------------- the story
@@ -1144,10 +1127,6 @@ def main(config: Config) -> None:
     page = out / "state" / "page"
     if page.exists() or (out / "log.jsonl").exists():
         held = require(unseal(page), f"{page} {DAMAGED}")
-    beside = dist.get_rank() > 0 or not config.beside or last_round(config.beside)
-    require(
-        all(gather(beside)), f"--beside {config.beside} holds no run: its log.jsonl has no round"
-    )
     run = prepare(config, gather(held["began"] if held else datetime.now().isoformat())[0])
     need = plan(run)
     if config.dry_run:
