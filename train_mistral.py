@@ -13,7 +13,8 @@ order in which data flow:
     Scorer                  log pi(y|x), the one place           lay_out, hide
     load_model, shard       weights, over the cards
     Run                     where it stands, through any kill    seal, unseal
-    play                    y' ~ pi_t, and log pi_t of all       sample, check_model
+    check_model             is log pi the model's own?           own_logp
+    play                    y' ~ pi_t, and log pi_t of all       sample
     train                   spac.spac_loss, step by step         losses, accumulate
     evaluate                what a round's weights are worth     judge, draw_curves
     plan, prepare, main     the story
@@ -158,8 +159,7 @@ def parse(argv: list[str] | None = None) -> Config:
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
     preset, gpu = given.get("preset", "tiny"), torch.cuda.is_available()
-    default = {name: about[preset] for name, about in fields.items()}
-    default |= {"bf16": gpu, "recompute": gpu}
+    default = {k: about[preset] for k, about in fields.items()} | dict(bf16=gpu, recompute=gpu)
     if given.get("optimizer") == "adafactor":
         default |= {name: ADAFACTOR * default[name] for name in ("lr", "sft_lr")}
     config = Config(**default | given)
@@ -578,11 +578,10 @@ def seal(path: Path, content, key: str = "") -> None:
 def unseal(path: Path, key: str = ""):
     """What was sealed and belongs to the key; None where the file is damaged or missing."""
     if path.exists():
-        sha256, left = hashlib.sha256(), path.stat().st_size - len(f"{'':64} {key}")
+        sha256, size = hashlib.sha256(), path.stat().st_size - len(f"{'':64} {key}")
         with open(path, "rb") as file:
-            while left > 0 and (part := file.read(min(left, 2**24))):
-                sha256.update(part)
-                left -= len(part)
+            for start in range(0, size, 2**24):
+                sha256.update(file.read(min(2**24, size - start)))
             if file.read() == f"{sha256.hexdigest()} {key}".encode():
                 return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
 
@@ -640,13 +639,11 @@ class Run:
         mine |= {"processes": dist.get_world_size()}
         mine |= {"data_sha256": rows.hexdigest(), "model_sha256": self.state["pi_t"]}
         if held:
-            drawn = any(self.out.glob("play/*/*"))
-            free = FREE | (set() if drawn else {"generate_batch"})
+            free = FREE | (set() if any(self.out.glob("play/*/*")) else {"generate_batch"})
             words = {"data_sha256": "other rows", "model_sha256": "other weights"}
             was = [(k, held["run"].get(k), v) for k, v in mine.items() if k not in free]
-            changed = [words.get(k, f"{k} was {a}, is {b}") for k, a, b in was if a != b]
-            told = f"{self.out} holds another run ({'; '.join(changed)}): use a new --out"
-            require(not changed, told)
+            changed = "; ".join(words.get(k, f"{k} was {a}, is {b}") for k, a, b in was if a != b)
+            require(not changed, f"{self.out} holds another run ({changed}): use a new --out")
             self.state |= held
             say(f"going on in {self.out} from round {held['round']} step {held['step']}")
         self.state["run"] = mine
@@ -702,7 +699,7 @@ class Run:
         self.charge("save")
 
 
-# -------------------------------------------------------- self-play: y' ~ pi_t, and log pi_t
+# -------------------------------------------------------- is log pi the model's own?
 def own_logp(lm: nn.Module, prompt, response) -> Tensor:
     """log pi(y|x) by the model's own logits; the first token's as generate() sees them."""
     ids, start = torch.tensor([[*prompt, *response]], device=lm.device), len(prompt)
@@ -742,6 +739,7 @@ def check_model(run: Run) -> None:
     say("responses to a prompt " + ("share one row" if scorer.sharing else "take a row each"))
 
 
+# -------------------------------------------------------- self-play: y' ~ pi_t, and log pi_t
 def decode(lm: nn.Module, texts: list[list[int]], width: int, cache):
     """Logits of what follows each text, (B, V), and the cache. With a cache, left-padded to width
     and of all tokens but each text's last, the last alone is computed."""
@@ -951,8 +949,7 @@ def check_step(run: Run, values: list[dict], norm: float) -> None:
     if run.state["round"] and run.state["step"] == 0:
         gap, limit = fmean(p["gap"] for p in values) ** 0.5, TOLERANCE[bool(run.config.bf16)]
         noise = run.state["noise"] = fmean(pair["margin"] ** 2 for pair in values) ** 0.5
-        say(f"pi is pi_t to {gap:.1e} (rms of log-ratio / root of tokens, nats; at most {limit}); "
-            f"margins to {noise:.1e}")  # fmt: skip
+        say(f"pi is pi_t to {gap:.1e} nats a root token (at most {limit}), margins to {noise:.1e}")
         require(gap <= limit, f"{where}: pi is not pi_t; were they scored the same way?")
 
 
@@ -987,16 +984,15 @@ def judge(run: Run, name: str) -> dict:
     world, number, told = CopyDigits(), run.state["round"], []
     rows = run.heldout or run.rows[: run.config.generate_batch]
     for row in play(run, rows, name):
-        y, (chosen, rejected, *_) = row.generated[0], row.logps
-        first = run.state["first"].setdefault(row.number, chosen - rejected)  # under pi_1
+        y, ahead = row.generated[0], row.logps[0] - row.logps[1]
+        first = run.state["first"].setdefault(row.number, ahead)  # under pi_1
         finished = y[-1] in run.stops
         prompt = run.tokenizer.decode(row.prompt, skip_special_tokens=True)
         response = run.tokenizer.decode(y[: len(y) - finished])
         fact = {"length": len(y), "finished": finished}
         if run.heldout:  # a tie is half
-            for measure, usual in {"heldout_accuracy": 0.0, "heldout_implied": first}.items():
-                lead = chosen - rejected - usual
-                fact[measure] = ((lead > 0) + (lead >= 0)) / 2
+            leads = {"heldout_accuracy": ahead, "heldout_implied": ahead - first}
+            fact |= {measure: ((x > 0) + (x >= 0)) / 2 for measure, x in leads.items()}
         if run.config.preset == "tiny":
             fact["reward"] = world.reward(prompt, response) / world.best
             fact["outside"] = world.outside(response)
@@ -1046,7 +1042,7 @@ def draw_curves(run: Run) -> None:
 
 # -------------------------------------------------------- the plan
 def plan(run: Run) -> int:
-    """Says what will be done, and refuses what cannot; returns the bytes of disk it takes."""
+    """Says what will be done and refuses rows the model cannot read; returns the bytes of disk."""
     config, world, dropped = run.config, dist.get_world_size(), run.state["logs"]["dropped.jsonl"]
     say(f"{len(run.rows)} pairs to train on, {len(run.heldout)} held out, {len(dropped)} dropped")
     for reason, count in Counter(line["reason"] for line in dropped).items():
