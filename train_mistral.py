@@ -287,8 +287,7 @@ def conversations(row) -> list[list[dict]]:
     require(not unread, f"columns that this trainer does not read: {', '.join(unread)}", ValueError)
     lacking = "no {}, as text or messages; the row has " + ", ".join(sorted(map(str, row)))[:200]
     for name in ("system", "prompt"):
-        fine = row.get(name) is None or isinstance(row[name], str | list)
-        require(fine, lacking.format(name), ValueError)
+        require(isinstance(row.get(name), str | list | None), lacking.format(name), ValueError)
     system = messages(row.get("system") or [], "system")
     for field in ("chosen", "rejected"):
         *before, answer = messages(row.get(field), "assistant") or [None]
@@ -522,9 +521,8 @@ def load_model(config: Config):
         lm.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
     if config.dry_run or dist.get_rank() > 0:
         return lm, tokenizer
-    wish = dict(revision=revision, config=shape)
-    wish |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # so that we name them
-    lm, told = AutoModelForCausalLM.from_pretrained(name, **wish)
+    wish = dict(config=shape, output_loading_info=True, ignore_mismatched_sizes=True)  # we name them
+    lm, told = AutoModelForCausalLM.from_pretrained(name, revision=revision, **wish)
     lacking = [*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])]
     require(not lacking, f"it lacks, or has in another shape, {', '.join(lacking)}", ValueError)
     broken = [name for name, weight in lm.named_parameters() if not weight.isfinite().all()]
@@ -656,8 +654,7 @@ class Run:
         if dist.get_rank() == 0:
             seal(page, self.state)
             free = math.inf if self.state["saves"] else shutil.disk_usage(self.out).free
-            lack = f"{self.out} has {free / 1e9:.3f} GB free and needs {need / 1e9:.3f}"
-            require(free > need, lack)
+            require(free > need, f"{self.out} has {free / 1e9:.3f} GB free, needs {need / 1e9:.3f}")
             about = {m.__name__: m.__version__ for m in (torch, transformers, datasets)}
             about["model_commit"] = getattr(self.scorer.lm.config, "_commit_hash", None)
             (self.out / "run.json").write_text(json.dumps(about | {"run": mine}, indent=1))
@@ -665,11 +662,10 @@ class Run:
                 (self.out / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
         return saved.get("optimizer")
 
-    def save_state(self, optimizer=None) -> None:
+    def save_state(self, optimizer: dict | None = None) -> None:
         """Each rank writes its part, rank 0 then the page that makes them count; old ones go."""
         folder, number = self.out / "state", self.state["saves"] + 1
-        part = {"model": self.scorer.state_dict(), "average": self.average}
-        part["optimizer"] = optimizer and optimizer.state_dict()
+        part = {"model": self.scorer.state_dict(), "average": self.average, "optimizer": optimizer}
         seal(folder / f"{number}-{dist.get_rank()}", part)
         self.state["saves"] = number
         self.charge("save")
@@ -749,8 +745,7 @@ def decode(lm: nn.Module, texts: list[list[int]], width: int, cache):
     place = (torch.arange(width) - torch.tensor([[width - len(x)] for x in texts])).to(ids)
     more = dict(attention_mask=(place >= 0).long(), position_ids=place.clamp(min=0)[:, -new:])
     more |= dict(next_sequence_length=new, cache=cache, is_first_iteration=not cache)
-    more |= dict(use_cache=True, logits_to_keep=1)
-    inputs = lm.prepare_inputs_for_generation(ids, **more)
+    inputs = lm.prepare_inputs_for_generation(ids, use_cache=True, logits_to_keep=1, **more)
     told = lm(**{name: value for name, value in inputs.items() if name in takes})
     return told.logits[:, -1], told.get("cache")
 
@@ -934,7 +929,7 @@ def train(run: Run, rows: list[Row], saved: dict | None) -> None:
         state |= {"step": step + 1, "largest": max(state["largest"], largest)}
         leave = any(gather(leaving))
         if leave or last or (step + 1) % config.checkpoint_every == 0:
-            run.save_state(None if last else optimizer)
+            run.save_state(None if last else optimizer.state_dict())
         require(not leave, LEFT)
 
 
