@@ -521,7 +521,7 @@ def load_model(config: Config):
         lm.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
     if config.dry_run or dist.get_rank() > 0:
         return lm, tokenizer
-    wish = dict(config=shape, output_loading_info=True, ignore_mismatched_sizes=True)  # we name them
+    wish = dict(config=shape, output_loading_info=True, ignore_mismatched_sizes=True)  # named
     lm, told = AutoModelForCausalLM.from_pretrained(name, revision=revision, **wish)
     lacking = [*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])]
     require(not lacking, f"it lacks, or has in another shape, {', '.join(lacking)}", ValueError)
