@@ -13,7 +13,8 @@ order in which data flow:
     Scorer                  log pi(y|x), the one place           lay_out, hide
     load_model, shard       weights, over the cards
     Run                     where it stands, through any kill    seal, unseal
-    play                    y' ~ pi_t, and log pi_t of all       sample, check_model
+    check_model             is log pi the model's own?           own_logp
+    play                    y' ~ pi_t, and log pi_t of all       sample
     train                   spac.spac_loss, step by step         losses, accumulate
     evaluate                what a round's weights are worth     judge, draw_curves
     plan, prepare, main     the story
@@ -80,8 +81,7 @@ from transformers.utils import chat_template_utils as chats
 import spac
 
 CRITICS = {name: getattr(spac, f"{name}_critic") for name in ("smoothed", "linear", "proximal")}
-FUSED = partial(torch.optim.AdamW, fused=True)  # one pass over the weights, on a CPU too
-OPTIMIZERS = {"adamw": FUSED, "adafactor": torch.optim.Adafactor}
+OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, fused=True), "adafactor": torch.optim.Adafactor}
 SFT_MODEL = "alignment-handbook/zephyr-7b-sft-full@ac6e600eefcce74f5e8bae1035d4f66019e93190"
 PAIRS = "HuggingFaceH4/ultrafeedback_binarized"
 TOLERANCE = {False: 1e-4, True: 0.1}  # of log pi in fp32, bf16: rms of nats / root of its tokens
@@ -159,8 +159,7 @@ def parse(argv: list[str] | None = None) -> Config:
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
     preset, gpu = given.get("preset", "tiny"), torch.cuda.is_available()
-    default = {name: about[preset] for name, about in fields.items()}
-    default |= {"bf16": gpu, "recompute": gpu}
+    default = {k: about[preset] for k, about in fields.items()} | dict(bf16=gpu, recompute=gpu)
     if given.get("optimizer") == "adafactor":
         default |= {name: ADAFACTOR * default[name] for name in ("lr", "sft_lr")}
     config = Config(**default | given)
@@ -172,6 +171,8 @@ def parse(argv: list[str] | None = None) -> Config:
         above, most = fields[name]["above"], fields[name]["most"]
         if type(value) in (int, float) and not above < value <= most:
             parser.error(f"--{name} {value} must be above {above} and at most {most}")
+    if config.beside and not last_round(config.beside):
+        parser.error(f"--beside {config.beside} holds no run: its log.jsonl has no round")
     return config
 
 
@@ -269,10 +270,8 @@ def messages(turns, role: str) -> list[dict]:
     """Text, or messages -> messages of non-empty Unicode text. Raises ValueError, with a reason."""
     turns, cleaned = [{"role": role, "content": turns}] if isinstance(turns, str) else turns, []
     for turn in turns if isinstance(turns, list) else []:
-        require(isinstance(turn, dict), "an empty or no text", ValueError)
-        said = {"content": "" if turn.get("tool_calls") else None}
-        said |= {key: turn[key] for key in SPOKEN if turn.get(key)}
-        text = said["content"]
+        said = {key: turn[key] for key in SPOKEN if isinstance(turn, dict) and turn.get(key)}
+        text = said.setdefault("content", "" if "tool_calls" in said else None)
         fine = isinstance(text, str) and (text.strip() or len(said) > 1)
         require(fine, "an empty or no text", ValueError)
         require(text == text.encode(errors="replace").decode(), "not Unicode", ValueError)
@@ -288,8 +287,7 @@ def conversations(row) -> list[list[dict]]:
     require(not unread, f"columns that this trainer does not read: {', '.join(unread)}", ValueError)
     lacking = "no {}, as text or messages; the row has " + ", ".join(sorted(map(str, row)))[:200]
     for name in ("system", "prompt"):
-        fine = row.get(name) is None or isinstance(row[name], str | list)
-        require(fine, lacking.format(name), ValueError)
+        require(isinstance(row.get(name), str | list | None), lacking.format(name), ValueError)
     system = messages(row.get("system") or [], "system")
     for field in ("chosen", "rejected"):
         *before, answer = messages(row.get(field), "assistant") or [None]
@@ -379,10 +377,8 @@ def encode(row, number: int, tokenizer, stops: set[int], config: Config, now=Non
         require(len(ids) > 1, "nothing of a response is left", ValueError)
         responses.append(ids[: config.max_response])
     require(responses[0] != responses[1], "chosen equals rejected, or does once cut", ValueError)
-    if prompt[:1] != bos and tokenizer("a").input_ids[:1] == bos:
-        prompt = bos + prompt  # the template left it to the tokenizer
-    kept = prompt[: prompt[:1] == bos]
-    prompt = kept + prompt[len(kept) :][len(kept) - config.max_prompt :]
+    kept = bos if bos in (prompt[:1], tokenizer("a").input_ids[:1]) else []  # by either's habit
+    prompt = kept + prompt[prompt[:1] == bos :][len(kept) - config.max_prompt :]
     return Row(number, *(array("i", ids) for ids in (prompt, *responses)))
 
 
@@ -525,9 +521,8 @@ def load_model(config: Config):
         lm.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
     if config.dry_run or dist.get_rank() > 0:
         return lm, tokenizer
-    wish = dict(revision=revision, config=shape)
-    wish |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # so that we name them
-    lm, told = AutoModelForCausalLM.from_pretrained(name, **wish)
+    wish = dict(config=shape, output_loading_info=True, ignore_mismatched_sizes=True)  # named
+    lm, told = AutoModelForCausalLM.from_pretrained(name, revision=revision, **wish)
     lacking = [*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])]
     require(not lacking, f"it lacks, or has in another shape, {', '.join(lacking)}", ValueError)
     broken = [name for name, weight in lm.named_parameters() if not weight.isfinite().all()]
@@ -579,14 +574,12 @@ def seal(path: Path, content, key: str = "") -> None:
 
 
 def unseal(path: Path, key: str = ""):
-    """What was sealed and belongs to the key; None where the file is damaged or missing. Tensors
-    stay in the file until they are used."""
+    """What was sealed and belongs to the key; None where the file is damaged or missing."""
     if path.exists():
-        sha256, left = hashlib.sha256(), path.stat().st_size - len(f"{'':64} {key}")
+        sha256, size = hashlib.sha256(), path.stat().st_size - len(f"{'':64} {key}")
         with open(path, "rb") as file:
-            while left > 0 and (part := file.read(min(left, 2**24))):
-                sha256.update(part)
-                left -= len(part)
+            for start in range(0, size, 2**24):
+                sha256.update(file.read(min(2**24, size - start)))
             if file.read() == f"{sha256.hexdigest()} {key}".encode():
                 return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
 
@@ -624,13 +617,12 @@ class Run:
 
     def charge(self, phase: str) -> None:
         """Adds the time since the last call to a phase's seconds, and notes its peak memory."""
-        import resource  # as fcntl
+        from resource import RUSAGE_SELF, getrusage  # as fcntl
 
         seconds, peaks, before = self.state["seconds"], self.state["peak_bytes"], self.since
         self.since = time.perf_counter()
         seconds[phase] = seconds.get(phase, 0.0) + self.since - before
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        host *= 1 if sys.platform == "darwin" else 1024
+        host = getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         peaks[phase] = max(peaks.get(phase, 0), torch.cuda.max_memory_allocated() or host)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -645,13 +637,11 @@ class Run:
         mine |= {"processes": dist.get_world_size()}
         mine |= {"data_sha256": rows.hexdigest(), "model_sha256": self.state["pi_t"]}
         if held:
-            drawn = any(self.out.glob("play/*/*"))
-            free = FREE | (set() if drawn else {"generate_batch"})
+            free = FREE | (set() if any(self.out.glob("play/*/*")) else {"generate_batch"})
             words = {"data_sha256": "other rows", "model_sha256": "other weights"}
             was = [(k, held["run"].get(k), v) for k, v in mine.items() if k not in free]
-            changed = [words.get(k, f"{k} was {a}, is {b}") for k, a, b in was if a != b]
-            told = f"{self.out} holds another run ({'; '.join(changed)}): use a new --out"
-            require(not changed, told)
+            changed = "; ".join(words.get(k, f"{k} was {a}, is {b}") for k, a, b in was if a != b)
+            require(not changed, f"{self.out} holds another run ({changed}): use a new --out")
             self.state |= held
             say(f"going on in {self.out} from round {held['round']} step {held['step']}")
         self.state["run"] = mine
@@ -664,8 +654,7 @@ class Run:
         if dist.get_rank() == 0:
             seal(page, self.state)
             free = math.inf if self.state["saves"] else shutil.disk_usage(self.out).free
-            lack = f"{self.out} has {free / 1e9:.3f} GB free and needs {need / 1e9:.3f}"
-            require(free > need, lack)
+            require(free > need, f"{self.out} has {free / 1e9:.3f} GB free, needs {need / 1e9:.3f}")
             about = {m.__name__: m.__version__ for m in (torch, transformers, datasets)}
             about["model_commit"] = getattr(self.scorer.lm.config, "_commit_hash", None)
             (self.out / "run.json").write_text(json.dumps(about | {"run": mine}, indent=1))
@@ -673,11 +662,10 @@ class Run:
                 (self.out / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
         return saved.get("optimizer")
 
-    def save_state(self, optimizer=None) -> None:
+    def save_state(self, optimizer: dict | None = None) -> None:
         """Each rank writes its part, rank 0 then the page that makes them count; old ones go."""
         folder, number = self.out / "state", self.state["saves"] + 1
-        part = {"model": self.scorer.state_dict(), "average": self.average}
-        part["optimizer"] = optimizer and optimizer.state_dict()
+        part = {"model": self.scorer.state_dict(), "average": self.average, "optimizer": optimizer}
         seal(folder / f"{number}-{dist.get_rank()}", part)
         self.state["saves"] = number
         self.charge("save")
@@ -696,8 +684,7 @@ class Run:
             made_of = dict(config=lm.config, state_dict=weights, dtype=dtype)
             served = type(lm).from_pretrained(None, **made_of)
             served.generation_config = lm.generation_config
-            folder = self.out / name
-            temporary = folder.with_name(folder.name + ".tmp")
+            folder, temporary = self.out / name, self.out / f"{name}.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
             served.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
@@ -708,7 +695,7 @@ class Run:
         self.charge("save")
 
 
-# -------------------------------------------------------- self-play: y' ~ pi_t, and log pi_t
+# -------------------------------------------------------- is log pi the model's own?
 def own_logp(lm: nn.Module, prompt, response) -> Tensor:
     """log pi(y|x) by the model's own logits; the first token's as generate() sees them."""
     ids, start = torch.tensor([[*prompt, *response]], device=lm.device), len(prompt)
@@ -748,6 +735,7 @@ def check_model(run: Run) -> None:
     say("responses to a prompt " + ("share one row" if scorer.sharing else "take a row each"))
 
 
+# -------------------------------------------------------- self-play: y' ~ pi_t, and log pi_t
 def decode(lm: nn.Module, texts: list[list[int]], width: int, cache):
     """Logits of what follows each text, (B, V), and the cache. With a cache, left-padded to width
     and of all tokens but each text's last, the last alone is computed."""
@@ -757,8 +745,7 @@ def decode(lm: nn.Module, texts: list[list[int]], width: int, cache):
     place = (torch.arange(width) - torch.tensor([[width - len(x)] for x in texts])).to(ids)
     more = dict(attention_mask=(place >= 0).long(), position_ids=place.clamp(min=0)[:, -new:])
     more |= dict(next_sequence_length=new, cache=cache, is_first_iteration=not cache)
-    more |= dict(use_cache=True, logits_to_keep=1)
-    inputs = lm.prepare_inputs_for_generation(ids, **more)
+    inputs = lm.prepare_inputs_for_generation(ids, use_cache=True, logits_to_keep=1, **more)
     told = lm(**{name: value for name, value in inputs.items() if name in takes})
     return told.logits[:, -1], told.get("cache")
 
@@ -942,7 +929,7 @@ def train(run: Run, rows: list[Row], saved: dict | None) -> None:
         state |= {"step": step + 1, "largest": max(state["largest"], largest)}
         leave = any(gather(leaving))
         if leave or last or (step + 1) % config.checkpoint_every == 0:
-            run.save_state(None if last else optimizer)
+            run.save_state(None if last else optimizer.state_dict())
         require(not leave, LEFT)
 
 
@@ -957,29 +944,19 @@ def check_step(run: Run, values: list[dict], norm: float) -> None:
     if run.state["round"] and run.state["step"] == 0:
         gap, limit = fmean(p["gap"] for p in values) ** 0.5, TOLERANCE[bool(run.config.bf16)]
         noise = run.state["noise"] = fmean(pair["margin"] ** 2 for pair in values) ** 0.5
-        say(f"pi is pi_t to {gap:.1e} (rms of log-ratio / root of tokens, nats; at most {limit}); "
-            f"margins to {noise:.1e}")  # fmt: skip
+        say(f"pi is pi_t to {gap:.1e} nats a root token (at most {limit}), margins to {noise:.1e}")
         require(gap <= limit, f"{where}: pi is not pi_t; were they scored the same way?")
 
 
 # -------------------------------------------------------- what a person sees
-@contextlib.contextmanager
-def averaged(run: Run):
-    """The averaged weights stand in the model, and the last ones in their place."""
-    pi_t, weights = run.state["pi_t"], run.scorer.parameters()
-    shards = [local(weight.detach()) for weight in weights if weight.requires_grad]
-
-    def swap() -> None:
-        for shard, mean in zip(shards, run.average):
-            last = shard.clone()
-            shard.copy_(mean)
-            mean.copy_(last)
-
-    swap()
+def swap(run: Run) -> None:
+    """The averaged weights and the model's change places."""
+    weights = [weight.detach() for weight in run.scorer.parameters() if weight.requires_grad]
+    for shard, mean in zip(map(local, weights), run.average):
+        last = shard.clone()
+        shard.copy_(mean)
+        mean.copy_(last)
     run.state["pi_t"] = run.scorer.sha256()
-    yield
-    swap()
-    run.state["pi_t"] = pi_t
 
 
 def evaluate(run: Run) -> None:
@@ -987,9 +964,10 @@ def evaluate(run: Run) -> None:
     number, spent = run.state["round"], {k: run.state[k] for k in ("seconds", "peak_bytes")}
     means = judge(run, f"heldout-{number}")
     if run.average:
-        with averaged(run):
-            run.save_model("average")
-            means |= {f"average_{k}": v for k, v in judge(run, f"average-{number}").items()}
+        swap(run)
+        run.save_model("average")
+        means |= {f"average_{k}": v for k, v in judge(run, f"average-{number}").items()}
+        swap(run)
     means["max_implied_reward"] = run.state["largest"]
     run.log("log.jsonl", {"event": "round", "round": number} | means | spent)
     if number and dist.get_rank() == 0:
@@ -1001,16 +979,15 @@ def judge(run: Run, name: str) -> dict:
     world, number, told = CopyDigits(), run.state["round"], []
     rows = run.heldout or run.rows[: run.config.generate_batch]
     for row in play(run, rows, name):
-        y, (chosen, rejected, *_) = row.generated[0], row.logps
-        first = run.state["first"].setdefault(row.number, chosen - rejected)  # under pi_1
+        y, ahead = row.generated[0], row.logps[0] - row.logps[1]
+        first = run.state["first"].setdefault(row.number, ahead)  # under pi_1
         finished = y[-1] in run.stops
         prompt = run.tokenizer.decode(row.prompt, skip_special_tokens=True)
         response = run.tokenizer.decode(y[: len(y) - finished])
         fact = {"length": len(y), "finished": finished}
         if run.heldout:  # a tie is half
-            for measure, usual in {"heldout_accuracy": 0.0, "heldout_implied": first}.items():
-                lead = chosen - rejected - usual
-                fact[measure] = ((lead > 0) + (lead >= 0)) / 2
+            leads = {"heldout_accuracy": ahead, "heldout_implied": ahead - first}
+            fact |= {measure: ((x > 0) + (x >= 0)) / 2 for measure, x in leads.items()}
         if run.config.preset == "tiny":
             fact["reward"] = world.reward(prompt, response) / world.best
             fact["outside"] = world.outside(response)
@@ -1032,8 +1009,7 @@ def last_round(folder: str) -> dict | None:
 
 
 def draw_curves(run: Run) -> None:
-    """curves.png: what each round's weights are worth, thick the averaged ones, dashed where the
-    run --beside ended; and each term of the loss step by step."""
+    """curves.png: what each round's weights are worth, and the terms of the loss at each step."""
     from matplotlib.figure import Figure  # 24 MiB that no other rank needs
 
     logged, other = run.state["logs"]["log.jsonl"], run.config.beside
@@ -1061,8 +1037,7 @@ def draw_curves(run: Run) -> None:
 
 # -------------------------------------------------------- the plan
 def plan(run: Run) -> int:
-    """Says what will be done and what it takes; returns the bytes of disk. Refuses rows that the
-    model cannot read."""
+    """Says what will be done and refuses rows the model cannot read; returns the bytes of disk."""
     config, world, dropped = run.config, dist.get_world_size(), run.state["logs"]["dropped.jsonl"]
     say(f"{len(run.rows)} pairs to train on, {len(run.heldout)} held out, {len(dropped)} dropped")
     for reason, count in Counter(line["reason"] for line in dropped).items():
@@ -1091,12 +1066,11 @@ def plan(run: Run) -> int:
         require(token < known, told + f"model {known} rows: take the tokenizer that came with it")
     weights = sum(weight.numel() for weight in run.scorer.parameters())
     state, training = (12, 16) if config.optimizer == "adamw" else (4, 8)  # bytes: see the top
-    state, folders = (
-        (state + 4, config.rounds + 2) if config.average else (state, config.rounds + 1)
-    )
+    averages = 1 if config.average else 0  # in each saved state, and in a folder
     say(f"{weights:,} parameters: {training * weights / world / 1e9:.3g} GB a process with their "
         f"gradients and {config.optimizer}, {weights / 5e8:.3g} to play in bf16")  # fmt: skip
-    return (2 * state + folders * (2 if config.bf16 else 4)) * weights
+    folders = (config.rounds + 1 + averages) * (2 if config.bf16 else 4)
+    return (2 * (state + 4 * averages) + folders) * weights
 
 
 # -------------------------------------------------------- the story
@@ -1144,10 +1118,6 @@ def main(config: Config) -> None:
     page = out / "state" / "page"
     if page.exists() or (out / "log.jsonl").exists():
         held = require(unseal(page), f"{page} {DAMAGED}")
-    beside = dist.get_rank() > 0 or not config.beside or last_round(config.beside)
-    require(
-        all(gather(beside)), f"--beside {config.beside} holds no run: its log.jsonl has no round"
-    )
     run = prepare(config, gather(held["began"] if held else datetime.now().isoformat())[0])
     need = plan(run)
     if config.dry_run:

@@ -551,9 +551,7 @@ def mended(bench, argv, out, values, table, task, mend, moment=None, user=None) 
     """One trouble: the run stops with a clear error; mended, it ends as it should."""
     code, said, _ = bench.launch(argv, 1, moment, user)
     clear = code == 0 or ("Traceback" not in said and str(out.parent) in said)
-    words = (
-        "No space left|GB free and needs|Permission denied|Read-only file system|Not a directory"
-    )
+    words = "No space left|GB free|Permission denied|Read-only file system|Not a directory"
     cause = "enough room" if code == 0 else " ".join(re.findall(words, said)[:1])
     saved = (out / "state" / "page").exists()
     mend()
