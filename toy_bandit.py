@@ -381,8 +381,8 @@ goal    baselines_fail         SPAC,sure        0     .015   by any of three rul
 goal    shared_evidence        rivals           .05   1      least of all but SPAC and RPO, n = 3e5
 goal    shared_evidence        untuned          0     .01    SPAC by any of three rules
 goal    shared_evidence        RPO              0     .01    was expected to fail as well: it wins
-goal    shared_evidence        bound/rivals     0     1      what the theorem promises / rivals
-theorem lower_bound            regret/floor     1     1e3    least over C, n, methods told no reward
+goal    shared_evidence        Gamma/rivals     0     1      what Gamma's bound promises / rivals
+theorem lower_bound            regret/floor     1     1e3    least mean of methods told no reward
 goal    coverage_cost          slope            .3    .7     of the error in C, known; theory 1/2
 goal    coverage_cost          plain            3     100    plain rule / C known, at C = 500
 goal    coverage_cost          no_C             0     2      rule of Eq. 45 / C known, largest
@@ -446,7 +446,7 @@ def series(points: list[tuple[Instance, list[int], int]], rng: np.random.Generat
         row |= {"pointwise": run.pointwise.mean((0, 2, 3)), "classical": classical.mean(1)}
         row |= {"pessimistic": (run.optimism <= promise.slack + run.gap).all(0).double().mean(runs)}
         row |= {"no_slack": (run.optimism <= 1e-6).double().mean((0, 2, 3))}
-        row |= {k: getattr(promise, k).mean(runs) for k in ("regret", "statistics")}
+        row |= {f"{k}_term": getattr(promise, k).mean(runs) for k in ("regret", "statistics")}
         row = {key: [float(value) for value in column] for key, column in row.items()}
         rows.append(row | {"mixture": list(error), "last": list(last)})
     return {key: sum((row[key] for row in rows), []) for key in rows[0]}
@@ -536,8 +536,8 @@ def ipo(world: Instance, wins: Tensor, beta: Tensor) -> Tensor:
 
 
 def fitted(world: Instance, wins: Tensor, beta, weight, steps) -> Tensor:
-    """RPO (arXiv 2405.16436): DPO plus weight x supervised learning of the winner, by Adam at a
-    falling rate on u = beta h. Weight 0 is DPO, stopped after some steps."""
+    """RPO (arXiv 2405.16436): DPO plus weight x beta x supervised learning of the winner, by
+    Adam at a falling rate on u = beta h. Weight 0 is DPO, stopped after some steps."""
     beta, weight, steps = (t[..., None, None] for t in (beta, weight, steps))
     share = wins / wins.sum((-3, -2, -1), keepdim=True)
     won, met = share.sum(-1), share.sum((-2, -1)).unsqueeze(-1)
@@ -648,12 +648,12 @@ def rivals(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
     value |= {"SPAC": last["SPAC"], "untuned": max(last[name] for name in rules)}
     value |= {"win_share": last["win share"], "SPAC,sure": max(sure[name] for name in rules)}
     value |= {"share,sure": float(np.mean(regrets["sure"]["win share"]))}
-    claims = judge("baselines_fail", value, seeds * len(ns))
+    claims = judge("baselines_fail", value, 6 * seeds * len(ns))
     others = min(shared[name] for name in METHODS if name[:3] not in ("SPA", "RPO"))
     value = {"rivals": others, "untuned": max(shared[name] for name in rules)}
     wins = sample_wins((world := worlds["hedge"][-1]).repeat(seeds), ns[-1], rng)
     promise = theorem(world, wins, 1).statistics
-    value |= {"bound/rivals": promise[promise.isfinite()].mean().item() / others}
+    value |= {"Gamma/rivals": promise[promise.isfinite()].mean().item() / others}
     claims |= judge("shared_evidence", value | {"RPO": shared["RPO"]}, seeds * len(ns))
     shown, panels = ["SPAC plain", *cautious], []
     for w, fifth, title in (("rare", "DPO", "rare responses"), ("hedge", "RPO", "shared evidence")):
@@ -680,8 +680,7 @@ def price(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
     lines = {name: [e[:, e.mean(0).argmax()] for e in found[name]] for name in names}
     floor = [math.sqrt(2 * C / slope_at(2) / n) / (12 * math.e) for C, n in points]
     errors = torch.stack([torch.stack(line) for line in lines.values()])  # (names, points, seeds)
-    high = errors.mean(-1) + 3 * errors.std(-1) / math.sqrt(seeds)
-    least = (high[1:] / torch.tensor(floor)).min().item()  # the first knows r*: no floor for it
+    least = (errors[1:].mean(-1) / torch.tensor(floor)).min().item()  # the first knows r*
     claims = judge("lower_bound", {"regret/floor": least}, seeds * len(points))
     known, plain, free = errors.mean(-1)[:3]
     value = {"slope": slope(Cs, lines["SPAC theorem"][: len(Cs)], rng)[0]}

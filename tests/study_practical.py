@@ -521,14 +521,14 @@ def rates(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
     slopes = {key: bandit.slope(ns, errors, rng) for key, errors in worst.items()}
     values = {key: interval[0] for key, interval in slopes.items()}
     claims = bandit.judge("rate_in_n", values, int(sum(in_n["runs"])), EXPECTED)
-    ratios = [m.mean().item() / term for m, term in zip(in_T["mixture"], in_T["regret"])]
+    ratios = [m.mean().item() / term for m, term in zip(in_T["mixture"], in_T["regret_term"])]
     claims |= bandit.judge(
         "rate_in_rounds", {"error/term": max(ratios)}, int(sum(in_T["runs"])), EXPECTED
     )
     lines = {"SPAC-T, mixture": worst["mixture"], "SPAC-T, last": worst["last"]}
     lines |= {"slope -1/2": [2 / math.sqrt(n) for n in ns]}
     means = [m.mean(1) for m in in_T["mixture"]]
-    terms = {"theory's term Reg_T": in_T["regret"], "SPAC-T, mixture": means}
+    terms = {"theory's term Reg_T": in_T["regret_term"], "SPAC-T, mixture": means}
     panels = (
         bandit.panel("pairs (n), the worst gap", ns, lines),
         bandit.panel("rounds (T)", Ts, terms),
