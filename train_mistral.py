@@ -441,8 +441,8 @@ class Scorer(nn.Module):
         table, states_at, labels, lengths = lay_out(items, self.sharing)
         ids, segments, positions = table.to(self.lm.device).unbind(-1)  # (R, T)
         shared = dict(attention_mask=hide(segments), position_ids=positions) if self.sharing else {}
-        body = self.lm.get_decoder()  # Llama 4's is the whole model
-        body = self.lm.model if body is self.lm else body
+        body = self.lm.get_decoder()  # Llama 4's is the whole model, ModernBERT's the head
+        body = self.lm.model if body is self.lm or isinstance(body, nn.Linear) else body
         states = body(input_ids=ids, use_cache=False, **shared).last_hidden_state
         states = states[states_at.to(ids.device).unbind()]  # (N, H), N response tokens in all
         chunks = zip(*(x.split(self.logits_chunk) for x in (states, labels.to(ids.device))))
@@ -652,9 +652,9 @@ class Run:
             self.average = saved["average"]
         gather()  # all have looked before one writes
         if dist.get_rank() == 0:
-            seal(page, self.state)
             free = math.inf if self.state["saves"] else shutil.disk_usage(self.out).free
             require(free > need, f"{self.out} has {free / 1e9:.3f} GB free, needs {need / 1e9:.3f}")
+            seal(page, self.state)
             about = {m.__name__: m.__version__ for m in (torch, transformers, datasets)}
             about["model_commit"] = getattr(self.scorer.lm.config, "_commit_hash", None)
             (self.out / "run.json").write_text(json.dumps(about | {"run": mine}, indent=1))
@@ -1040,7 +1040,7 @@ def plan(run: Run) -> int:
     """Says what will be done and refuses rows the model cannot read; returns the bytes of disk."""
     config, world, dropped = run.config, dist.get_world_size(), run.state["logs"]["dropped.jsonl"]
     say(f"{len(run.rows)} pairs to train on, {len(run.heldout)} held out, {len(dropped)} dropped")
-    for reason, count in Counter(line["reason"] for line in dropped).items():
+    for reason, count in Counter(line["reason"] for line in dropped).most_common(20):
         say(f"    {count} dropped: {reason}")
     require(run.rows, "no pair is left to train on: --help shows the forms of a pair")
     for name, part in (("prompts", slice(1, 2)), ("pairs", slice(1, 4))):

@@ -49,6 +49,7 @@ from transformers import (
     MambaConfig,
     MistralConfig,
     MistralForSequenceClassification,
+    ModernBertDecoderConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -1183,6 +1184,15 @@ def test_a_model_that_takes_no_mask_of_ours_scores_a_row_each(tmp_path, capsys, 
     assert ("take a row each" in said) == (kind != "llama4") and "done: " in said
 
 
+def test_a_head_that_is_more_than_a_matrix_is_refused(tmp_path):
+    few = {key: FEW[key] for key in FEW if key != "hidden_size"} | dict(hidden_size=32)
+    size = dict(num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(ModernBertDecoderConfig(**few | size))
+    with pytest.raises(SystemExit, match="head is more than a matrix"):
+        in_process(a_run_with(tmp_path, lm))
+
+
 def test_sharing_is_decided_once_and_kept(tmp_path, monkeypatch, capsys):
     rows = rows_of(4)
     run = run_of(small_model(), rows)
@@ -1679,6 +1689,7 @@ def test_a_folder_that_cannot_be_written_and_too_small_a_disk_are_found_first(
     monkeypatch.setattr(tm.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(SystemExit, match="GB free"):
         in_process([*SHORT, "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run" / "state").exists()  # other flags may do with less
 
 
 def test_each_round_starts_from_the_weights_that_it_names_and_from_nothing_else(
