@@ -547,6 +547,9 @@ def shard(scorer: Scorer, device: torch.device, config: Config) -> None:
                 dist.broadcast(tensor.detach(), 0)
         if config.bf16 or dist.get_world_size() > 1:  # who asks the root gets sharded parameters
             fully_shard(unit, reshard_after_forward=True, **mixed if config.bf16 else {})
+    units = [unit for unit in (scorer, *layers[::-1]) if isinstance(unit, FSDPModule)]
+    for unit, after in zip(units, [*units[1:], scorer]):  # by default what forward passes left,
+        unit.set_modules_to_backward_prefetch([after])  # and in play() each rank does its own
 
 
 def local(tensor: Tensor) -> Tensor:  # this rank's part of it, the same memory

@@ -1278,6 +1278,18 @@ def straight(tmp_path_factory):
     return folder
 
 
+def test_ranks_that_played_other_batches_train_together(tmp_path):
+    """Going on, rank 1 has nothing to play. FSDP2 would prefetch in the backward pass by what each
+    rank's last forward passes were, and the two would wait for one another for ever."""
+    for rounds in "12":
+        argv = [*SHORT, "--rounds", rounds, "--out", str(tmp_path / "run")]
+        started = start(argv, tmp_path / f"said{rounds}", 2)
+        ended = finish(started)
+        for process in started:
+            process.kill()
+        assert ended == [0, 0], (tmp_path / f"said{rounds}.0").read_text()
+
+
 def test_two_processes_log_the_same_course_as_one(straight):
     one, two = result(straight / "1"), result(straight / "2")
     for a, b in zip(one[0], two[0]):
