@@ -620,8 +620,8 @@ MEASURED = {
             "below {3.8} times the floor |"
         ): ("toy_bandit:claims.lower_bound.value.regret/floor"),
         (
-            "| C, the price of coverage, need not be known | Eq. 45 | in two worlds at most {1.125} "
-            "times the loss of who knows it |"
+            "| C, the price of coverage, need not be known | Eq. 45 | in two worlds at most "
+            "{1.125} times the loss of who knows it |"
         ): ("toy_bandit:claims.coverage_cost.value.no_C"),
         (
             "| rare luck fools DPO, IPO, greedy RLHF, run to their minima | Eq. 33 | at 300,000 "
