@@ -80,8 +80,8 @@ def spac_loss(
     fp32 or fp64, in nats, summed over the response's tokens; the generated y' comes from pi_t.
     beta: 1 / eta, nats of reward per nat of log-ratio. lam: weight of the data against the doubt;
     inf switches the critic off (then one round is DPO with reference pi_1). critic: one of those
-    above. Returns (preference + critic / lam, preference, critic), each (B,), not reduced. At
-    policy = opponent they are log 2 (1 + 1/lam), log 2, log 2 (other critics: log 2, log 2, 0).
+    above (the trainer's --critic). Returns (preference + critic / lam, preference, critic), each
+    (B,), not reduced; at policy = opponent log 2 (1 + 1/lam), log 2, log 2 (others: .., .., 0).
     Raises ValueError on bad shapes, precision, beta or lam.
     """
     _check_positive(beta=beta, lam=lam)

@@ -134,7 +134,7 @@ class Config:
     lr: float = option(1e-3, 5e-7, f"peak of warm-up and cosine; x {ADAFACTOR} for adafactor")
     warmup: float = option(0.1, 0.1, "share of a round's steps that warm up", above=-1e-9, most=1)
     clip: float = option(1.0, 1.0, "largest gradient norm")
-    average: float = option(0.5, 0.5, "steps in OUT/average, share of all; 0: none", above=-1e-9)
+    average: float = option(0.5, 0.5, "OUT/average: mean of this share of steps", above=-1e-9)
     batch: int = option(64, 128, "pairs a step, over all processes")
     micro_batch: int = option(64, 4, "pairs a forward pass of a process: memory, not the loss")
     generate_batch: int = option(250, 512, "prompts that share a seed and a file of samples")
