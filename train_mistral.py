@@ -120,7 +120,7 @@ class Config:
     rows: int = option(1000, 0, "train on the first ROWS usable rows; 0 is all", above=-1)
     heldout: int = option(500, -1, "rows held out; -1: a tenth, at most 500", above=-2)
     heldout_data: str = option("", "", "such rows from another file instead")
-    max_prompt: int = option(8, 512, "tokens of a prompt; a longer one loses its start", above=1)
+    max_prompt: int = option(16, 512, "tokens of a prompt; a longer one loses its start", above=1)
     max_response: int = option(8, 512, "tokens of a response, y' too; a longer one is cut")
     rounds: int = option(10, 3, "rounds of self-play")
     epochs: int = option(1, 1, "passes over the pairs in a round")
@@ -400,7 +400,11 @@ def read(source: str, config: Config):
         return datasets.load_dataset(kind, data_files=source, split="train")
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         saved = datasets.load_from_disk(source)
-        return saved[config.split] if isinstance(saved, dict) else saved
+        if isinstance(saved, dict):
+            told = f"no split {config.split!r}, but {', '.join(saved)}: --split names one"
+            require(config.split in saved, told, ValueError)
+            saved = saved[config.split]
+        return saved
     return datasets.load_dataset(name, revision=revision, split=config.split)
 
 
@@ -509,7 +513,9 @@ def load_model(config: Config):
         return CopyDigits().model(config.seed), CopyDigits().tokenizer()
     name, revision = pinned(config.model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
-    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+    if not tokenizer.chat_template:
+        say("the tokenizer has no chat template: turns are written as user: and assistant:")
+        tokenizer.chat_template = PLAIN_TEMPLATE
     shape = transformers.AutoConfig.from_pretrained(name, revision=revision)
     quantized = getattr(shape, "quantization_config", None)
     require(not quantized, "its weights are quantized, and bf16 or fp32 are needed", ValueError)
@@ -564,11 +570,21 @@ def least(lm: nn.Module, *names: str) -> float:
 
 
 # -------------------------------------------------------- files that survive a kill
+@contextlib.contextmanager
+def writing(path: Path):
+    """Libraries have names of their own for a full disk: all become an OSError with the path."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"No space left, or another fault, in writing {path}: {error}") from None
+
+
 def seal(path: Path, content, key: str = "") -> None:
     """Writes a file, then its sha256 and what it belongs to. A kill leaves the old or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    torch.save(content, temporary)
+    with writing(temporary):
+        torch.save(content, temporary)
     with open(temporary, "r+b") as file:
         file.write(f"{hashlib.file_digest(file, 'sha256').hexdigest()} {key}".encode())
         file.flush()
@@ -689,8 +705,9 @@ class Run:
             served.generation_config = lm.generation_config
             folder, temporary = self.out / name, self.out / f"{name}.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
-            served.save_pretrained(temporary)
-            self.tokenizer.save_pretrained(temporary)
+            with writing(temporary):
+                served.save_pretrained(temporary)
+                self.tokenizer.save_pretrained(temporary)
             shutil.copy(self.out / "run.json", temporary)
             os.sync()
             shutil.rmtree(folder, ignore_errors=True)
@@ -1051,6 +1068,12 @@ def plan(run: Run) -> int:
         count = sum(repr(row[part]) in known for row in run.heldout)
         if count:
             say(f"    {count} of the held-out {name} are among those to train on")
+    full = sum(len(row.prompt) >= config.max_prompt for row in run.rows)
+    long = sum(len(y) >= config.max_response for row in run.rows for y in row[2:4])
+    if full or long:
+        say(
+            f"    {full} prompts fill --max_prompt, {long} responses --max_response: cut, if longer"
+        )
     size, lm = min(config.batch, len(run.rows)), run.scorer.lm
     steps = math.ceil(len(run.rows) / config.batch) * config.epochs
     tokens = sum(len(ids) for row in run.rows for ids in row[1:4]) * config.epochs
@@ -1071,7 +1094,8 @@ def plan(run: Run) -> int:
     state, training = (12, 16) if config.optimizer == "adamw" else (4, 8)  # bytes: see the top
     averages = 1 if config.average else 0  # in each saved state, and in a folder
     say(f"{weights:,} parameters: {training * weights / world / 1e9:.3g} GB a process with their "
-        f"gradients and {config.optimizer}, {weights / 5e8:.3g} to play in bf16")  # fmt: skip
+        f"gradients and {config.optimizer}, {weights / 5e8:.3g} to play in bf16; besides, "
+        "activations")  # fmt: skip
     folders = (config.rounds + 1 + averages) * (2 if config.bf16 else 4)
     return (2 * (state + 4 * averages) + folders) * weights
 
@@ -1083,8 +1107,9 @@ def prepare(config: Config, began: str) -> Run:
     try:
         lm, tokenizer = load_model(config)
     except Exception as error:  # of many libraries
+        here = "" if os.path.exists(config.model) else "no such folder here; "
         wanted = "a folder with weights, config.json, tokenizer, as OUT/round-1, or a hub name"
-        problem = f"cannot read --model {config.model} ({wanted}): {error}"
+        problem = f"cannot read --model {config.model} ({here}wanted: {wanted}): {error}"
     problem = next(filter(None, gather(problem)), None)  # rank 0 alone reads the weights
     require(not problem, problem)
     end = lm.generation_config.eos_token_id
@@ -1141,7 +1166,8 @@ def main(config: Config) -> None:
         saved, state["round"] = None, state["round"] + 1
         state |= {"largest": 0.0, "seconds": {}, "peak_bytes": {}}
         run.save_state()
-    say(f"done: {out / f'round-{config.rounds}'}")
+    averaged = f"{out / 'average'} (averaged weights, to be used) and " if run.average else ""
+    say(f"done: {averaged}{out / f'round-{config.rounds}'} (the last ones)")
 
 
 if __name__ == "__main__":

@@ -462,9 +462,9 @@ def damage(bench: Bench) -> tuple[Counter, dict, int]:
 
 
 def others() -> dict[str, list[str]]:
-    """For each argument of the trainer another value, as an option."""
+    """For each argument that may not change another value, as an option."""
     changed = {"critic": "linear", "optimizer": "adafactor", "split": "other"}
-    skip = ("preset", "out", "model", "data", "dry_run")
+    skip = {"preset", "out", "model", "data", "dry_run", *tm.FREE}
     given = vars(tm.parse(SHORT))
     for name, value in given.items():
         if type(value) in (int, float):
@@ -494,7 +494,7 @@ def refusals(bench: Bench) -> tuple[Counter, dict]:
     require_clean(code, said)
     tasks = {name: ([*SHORT, *out, *option], name) for name, option in others().items()}
     tasks |= {"world size": ([*SHORT, *out], "processes")}
-    tasks |= {"a row of the data": (yours, "data_sha256"), "a weight": (yours, "model_sha256")}
+    tasks |= {"a row of the data": (yours, "other rows"), "a weight": (yours, "other weights")}
     for task, (argv, key) in tasks.items():
         if task == "a row of the data":
             Path("pairs.jsonl").write_text(
@@ -506,9 +506,9 @@ def refusals(bench: Bench) -> tuple[Counter, dict]:
         before = sizes(Path(argv[-1] if task in ("a row of the data", "a weight") else "refuse"))
         code, said, _ = bench.launch(argv, 2 if task == "world size" else 1)
         after = sizes(Path(argv[-1] if task in ("a row of the data", "a weight") else "refuse"))
-        shown = re.findall(rf"{key} was [^;)]*, is [^;)]*", said)
+        shown = re.findall(rf"{key} was [^;)]*, is [^;)]*|{key}(?=[;)])", said)
         values += Counter(accepted=code == 0 or before != after, unshown=not shown)
-        table[task] = re.sub(r"[0-9a-f]{64}", "HASH", shown[0]) if shown else "not shown"
+        table[task] = shown[0] if shown else "not shown"
         tell(len(table), len(tasks) + 1, f"{task}: exit {code}, {table[task]}")
     beside = [*SHORT, "--out", "beside"]
     task = (beside, None, 0.0, os.path.abspath("first"), os.path.abspath("other note"))

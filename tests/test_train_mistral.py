@@ -1186,6 +1186,28 @@ def test_a_model_that_takes_no_mask_of_ours_scores_a_row_each(tmp_path, capsys, 
     assert ("take a row each" in said) == (kind != "llama4") and "done: " in said
 
 
+def test_a_plan_names_what_would_be_cut_and_a_missing_chat_template(tmp_path, capsys):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = None
+    rows = [{"prompt": "a b a b a b", "chosen": "a b a", "rejected": "b"}] * 3
+    lm = small_model(vocab_size=len(tokenizer))
+    argv = a_run_with(tmp_path, lm, tokenizer, rows, heldout=0)
+    in_process([*argv, "--dry_run", "--max_prompt", "6", "--max_response", "3"])
+    said = capsys.readouterr().out
+    assert "no chat template" in said and "3 prompts fill --max_prompt, 3 responses" in said
+    in_process([*argv, "--dry_run", "--max_prompt", "99", "--max_response", "99"])
+    assert "fill" not in capsys.readouterr().out  # control
+
+
+def test_a_saved_split_that_is_not_there_is_answered_with_those_that_are(tmp_path):
+    datasets.DatasetDict(train=datasets.Dataset.from_list(DIGITS)).save_to_disk(tmp_path / "rows")
+    argv = a_run_with(tmp_path, small_model())
+    argv[argv.index("--data") + 1] = str(tmp_path / "rows")
+    with pytest.raises(SystemExit, match="no split 'train_prefs', but train: --split names one"):
+        in_process([*argv, "--dry_run"])
+    in_process([*argv, "--dry_run", "--split", "train"])
+
+
 def test_a_head_that_is_more_than_a_matrix_is_refused(tmp_path):
     few = {key: FEW[key] for key in FEW if key != "hidden_size"} | dict(hidden_size=32)
     size = dict(num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
@@ -1710,6 +1732,17 @@ def test_a_folder_that_cannot_be_written_and_too_small_a_disk_are_found_first(
     with pytest.raises(SystemExit, match="GB free"):
         in_process([*SHORT, "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run" / "state").exists()  # other flags may do with less
+
+
+def test_a_disk_that_fills_up_is_an_error_with_the_files_name(tmp_path, monkeypatch):
+    def full(*_):
+        raise RuntimeError("unexpected pos")  # torch's word for it
+
+    tm.seal(tmp_path / "a", {"x": 1})  # control
+    monkeypatch.setattr(tm.torch, "save", full)
+    with pytest.raises(OSError, match="No space left.*b.tmp"):
+        tm.seal(tmp_path / "b", {"x": 1})
+    assert tm.unseal(tmp_path / "a") == {"x": 1} and not (tmp_path / "b").exists()
 
 
 def test_each_round_starts_from_the_weights_that_it_names_and_from_nothing_else(
