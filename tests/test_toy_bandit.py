@@ -1533,3 +1533,38 @@ def test_the_command_line_explains_itself_and_refuses_what_it_does_not_know(monk
         with pytest.raises(SystemExit) as leaving:
             bandit.main()
         assert leaving.value.code == 2 and "usage" in capsys.readouterr().err
+
+
+def test_a_guarantee_is_judged_at_its_worst_n(monkeypatch):
+    made_up = {"runs": [5] * 5, "violations": [0, 0, 1, 0, 0], "ratio": [1, 2, 3, 4, 5]}
+    made_up |= {"gamma": [1, 0.9, 1, 1, 1], "pessimistic": [1, 1, 1, 0.8, 1]}
+    made_up |= {key: [torch.ones(2, 3)] * 5 for key in ("mixture", "last")}
+    made_up |= {key: [1.0] * 5 for key in ("classical", "bound", "start")}
+    monkeypatch.setattr(bandit, "series", lambda *_: made_up)
+    claims, _ = bandit.guarantee(True, np.random.default_rng(0))
+    value = {name: claims[name]["value"] for name in claims}
+    assert value["bound_holds"] == {"violations": 1} and value["gamma_holds"] == {"runs": 0.9}
+    assert value["pessimism_on_average"] == {"runs": 0.8}
+    assert list(value["bound_tightness"].values()) == [2, 3, 4, 5]
+
+
+def test_rivals_are_judged_by_the_best_of_them_at_the_largest_n(monkeypatch):
+    regrets = {name: [1.0 + k, 0.1 * (k + 1)] for k, name in enumerate(bandit.METHODS)}
+
+    def contest(points, names, *_):
+        of = {
+            name: [torch.full((2,), r, dtype=torch.float64) for r in regrets[name]]
+            for name in names
+        }
+        return of, {name: [] for name in names}
+
+    monkeypatch.setattr(bandit, "contest", contest)
+    value = bandit.rivals(True, np.random.default_rng(0))[0]
+    last = {name: r[-1] for name, r in regrets.items()}
+    fails, shared = (value[name]["value"] for name in ("baselines_fail", "shared_evidence"))
+    assert fails["rivals"] == pytest.approx(min(last[k] for k in ("DPO", "IPO", "RLHF greedy")))
+    rules = [last[name] for name in last if name.startswith("SPAC ")]
+    assert fails["untuned"] == shared["untuned"] == pytest.approx(max(rules))
+    assert fails["share,sure"] == pytest.approx(np.mean(regrets["win share"]))
+    others = [last[name] for name in last if not name.startswith("SPAC") and name != "RPO"]
+    assert shared["rivals"] == pytest.approx(min(others))

@@ -5,6 +5,7 @@ counts, a second process, a second run that nothing interrupted.
 """
 
 import gzip
+import inspect
 import io
 import json
 import math
@@ -500,6 +501,43 @@ def test_who_waits_takes_the_place_of_who_has_ended_and_no_more_than_fit_are_hel
     order = sorted(range(48), key=lambda i: -len(prompts[i]))
     turns = [max(len(ours[i]) for i in order[k : k + 8]) for k in range(0, 48, 8)]
     assert len(passes) < 0.9 * sum(turns)  # control: eight after eight, each waits for the slowest
+
+
+def test_the_least_and_the_largest_uniform_number_draw_a_token_that_can_be_drawn(monkeypatch):
+    """Rounded sums of pi may end below 1, and begin with tokens of probability 0."""
+    lm = small_model(vocab_size=4000)
+    real = lm.forward
+
+    def forward(*args, **kwargs):
+        told = real(*args, **kwargs)
+        told.logits[..., :3] = told.logits[..., -3:] = -math.inf
+        return told
+
+    forward.__signature__ = inspect.signature(real)
+    lm.forward = forward
+    prompts = [[1, i] for i in range(5, 45)]
+    for chance, wanted in ((0.0, 3), (1 - 2**-53, 3996)):
+        always = type("Always", (), {"random": lambda self, chance=chance: chance})
+        monkeypatch.setattr(tm.random, "Random", lambda *_, always=always: always())
+        drawn = tm.sample(run_of(lm, [], max_response=1), prompts, seed=0)
+        assert {y[0] for y in drawn} == {wanted}
+
+
+def test_fewer_places_than_a_row_needs_are_one():
+    lm, prompts, passes = small_model(), [row.prompt for row in rows_of(5)], []
+    watch = dict(with_kwargs=True)
+    lm.register_forward_hook(lambda *call: passes.append(len(call[2]["input_ids"])), **watch)
+    alone = tm.sample(run_of(lm, [], generate_tokens=5), prompts, seed=3)
+    assert set(passes) == {1} and alone == tm.sample(run_of(lm, []), prompts, seed=3)
+
+
+def test_rounds_and_batches_have_noise_of_their_own(tmp_path):
+    row = rows_of(1)[0]
+    rows = [row._replace(number=n) for n in range(8)]
+    run = run_of(small_model(), rows, generate_batch=4, max_response=7)
+    run.out = tmp_path
+    first, second = ([r.generated[0] for r in tm.play(run, rows, f"round-{n}")] for n in (1, 2))
+    assert first[:4] != first[4:] and first != second
 
 
 def test_logits_that_are_not_finite_end_the_sampling():
