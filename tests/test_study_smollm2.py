@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import study_smollm2 as study
 import torch
+from matplotlib.image import imread
 from scipy import stats
 
 import train_mistral as tm
@@ -61,6 +63,17 @@ def test_the_study_labels_the_models_own_answers_by_their_true_reward(tmp_path, 
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert min(("a" in x["chosen"]) - ("a" in x["rejected"]) for x in lines) < 0  # control
     assert torch.is_grad_enabled()
+
+
+def test_the_picture_is_drawn_from_the_record_beside_it(tmp_path):
+    kept = Path(__file__).parents[1] / "results/smollm2"
+    data = json.loads((kept / "summary.json").read_text())["data"]
+    study.draw(data, tmp_path / "again.png")
+    again, there = (imread(path) for path in (tmp_path / "again.png", kept / "reward.png"))
+    assert again.shape == there.shape and (abs(again - there).max(-1) > 0.02).mean() < 1e-3
+    data["SPAC"]["heldout"][-1]["plain"] += 0.02  # control
+    study.draw(data, tmp_path / "other.png")
+    assert (abs(imread(tmp_path / "other.png") - there).max(-1) > 0.02).mean() > 1e-3
 
 
 def test_help_says_what_is_needed():
