@@ -1071,9 +1071,7 @@ def plan(run: Run) -> int:
     full = sum(len(row.prompt) >= config.max_prompt for row in run.rows)
     long = sum(len(y) >= config.max_response for row in run.rows for y in row[2:4])
     if full or long:
-        say(
-            f"    {full} prompts fill --max_prompt, {long} responses --max_response: cut, if longer"
-        )
+        say(f"    cut, if longer: {full} prompts at --max_prompt, {long} answers at --max_response")
     size, lm = min(config.batch, len(run.rows)), run.scorer.lm
     steps = math.ceil(len(run.rows) / config.batch) * config.epochs
     tokens = sum(len(ids) for row in run.rows for ids in row[1:4]) * config.epochs
@@ -1166,7 +1164,7 @@ def main(config: Config) -> None:
         saved, state["round"] = None, state["round"] + 1
         state |= {"largest": 0.0, "seconds": {}, "peak_bytes": {}}
         run.save_state()
-    averaged = f"{out / 'average'} (averaged weights, to be used) and " if run.average else ""
+    averaged = f"{out / 'average'} (averaged weights), " if run.average else ""
     say(f"done: {averaged}{out / f'round-{config.rounds}'} (the last ones)")
 
 

@@ -1232,9 +1232,9 @@ def test_a_plan_names_what_would_be_cut_and_a_missing_chat_template(tmp_path, ca
     argv = a_run_with(tmp_path, lm, tokenizer, rows, heldout=0)
     in_process([*argv, "--dry_run", "--max_prompt", "6", "--max_response", "3"])
     said = capsys.readouterr().out
-    assert "no chat template" in said and "3 prompts fill --max_prompt, 3 responses" in said
+    assert "no chat template" in said and "3 prompts at --max_prompt, 3 answers at" in said
     in_process([*argv, "--dry_run", "--max_prompt", "99", "--max_response", "99"])
-    assert "fill" not in capsys.readouterr().out  # control
+    assert "cut, if longer" not in capsys.readouterr().out  # control
 
 
 def test_a_saved_split_that_is_not_there_is_answered_with_those_that_are(tmp_path):
