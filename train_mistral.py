@@ -227,8 +227,11 @@ def start_processes() -> torch.device:
     """Joins torchrun's processes, or is a group of one."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: fewer faults, fewer holes
     gpu, index = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
-    if gpu:
+    if gpu:  # where attention's backward and others add in any order unless they are told not to
         torch.cuda.set_device(index)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.use_deterministic_algorithms(True)
     if not dist.is_initialized():
         alone = dict(store=dist.HashStore(), rank=0, world_size=1)
         group = {} if "WORLD_SIZE" in os.environ else alone
@@ -800,10 +803,11 @@ def sample(run: Run, prompts: list[array], seed: int) -> list[list[int]]:
         logits, fresh = decode(lm, [texts[i] for i in now], width, None if new else cache)
         columns = max((len(texts[i]) - 1 for i in rows), default=0)
         cache = join(cache, fresh, columns) if new and rows else fresh
-        cdf = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)
-        passed = cdf.new_tensor([[chances[i].random()] for i in now]) * cdf[:, -1:]
-        tokens = torch.searchsorted(cdf, passed, right=True).flatten().tolist()
-        require(max(tokens) < cdf.shape[1], "a logit of the model is not finite")
+        mass = (logits.float().softmax(-1) * 2.0**50).long().cumsum(-1)  # exact: integers
+        require(int(mass[:, -1].min()) > 0, "a logit of the model is not finite")
+        drawn = torch.tensor([[chances[i].random()] for i in now], dtype=torch.float64)
+        passed = (drawn.to(mass.device) * mass[:, -1:]).long()
+        tokens = torch.searchsorted(mass, passed, right=True).flatten().tolist()
         for i, token in zip(now, tokens):
             texts[i].append(token)
         rows = rows + new

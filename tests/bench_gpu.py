@@ -5,9 +5,11 @@ smoke  the trainer as a user starts it: a Mistral of 100M random weights, bf16, 
        of a run that nothing interrupted? Does round-2 as transformers loads it score as it did?
 noise  how far log pi of a training step is from play()'s at step 0, where both should be equal:
        7B's width, few layers, ragged rows. As a control, the same rows in play()'s own order.
+       Does a gradient made twice repeat every bit: in the trainer's setting, in torch's own?
 full   7B's shape, random weights made on the card, Adafactor, the preset's longest rows: tokens a
        second of generation, scoring, training; its share of the card's own bf16 matmul rate; peak
-       memory beside the table in train_mistral.py's docstring; three micro-batches. Saves nothing.
+       memory beside the table in train_mistral.py's docstring; three micro-batches; what the
+       repeatable order of sums costs; more places to sample in, larger chunks of logits.
 
 Parts come in the order of their worth, and OUT/gpu.json is written anew with every figure: a run
 cut short keeps what it had, and a later run of other parts adds to it. A part that fails, or that
@@ -51,6 +53,7 @@ import train_mistral as tm  # noqa: E402
 
 EXPECTED = """
 goal smoke_resumed unequal    0   0  samples unlike those of an uninterrupted run
+goal noise_repeats gradients  0   0  gradients that a second pass does not repeat, of all
 goal smoke_loaded  loaded_gap 0   .1 round-2 by transformers: rms of nats / root of tokens
 goal noise_step_0  gap        0   .1 bf16 at 7B's width: rms of nats / root of tokens
 goal full_speed    share      .45 1  FLOPs a step must do / its seconds, of the matmul rate
@@ -73,7 +76,7 @@ class Plan(NamedTuple):
 
 SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
 WIDE, TINY = (dict(zip(SIZES.split(), n)) for n in ((768, 3072, 12, 12, 4), (64, 128, 2, 4, 2)))
-CARD = Plan(WIDE, {}, "", (2, 8), 32, dict(smoke=90, noise=40, full=60))
+CARD = Plan(WIDE, {}, "--generate_batch 128", (2, 8), 32, dict(smoke=90, noise=40, full=60))
 SHORT = "--max_prompt 16 --max_response 16 --batch 8 --micro_batch 2 --generate_batch 8"
 SMALL = Plan(TINY, TINY | {"vocab_size": 500}, SHORT, (1, 2), 2, dict(smoke=60, noise=2, full=4))
 
@@ -221,6 +224,19 @@ def run_of(record: Record, layers: int, ragged: bool):
         yield run
 
 
+def unrepeated(run: tm.Run, rows: list[tm.Row], repeatable: bool) -> int:
+    """How many weights' gradients a second pass over the same rows does not repeat to the bit."""
+    torch.use_deterministic_algorithms(repeatable)
+    made = []
+    for _ in "ab":
+        run.scorer.zero_grad()
+        tm.accumulate(run, rows)
+        made.append([tm.local(weight.grad).clone() for weight in run.scorer.parameters()])
+    run.scorer.zero_grad()
+    torch.use_deterministic_algorithms(torch.cuda.is_available())  # as the trainer has it
+    return sum(not a.equal(b) for a, b in zip(*made))
+
+
 def noise(record: Record) -> None:
     for layers in record.plan.depths:
         with run_of(record, layers, ragged=True) as run:
@@ -232,8 +248,12 @@ def noise(record: Record) -> None:
                 gap = fmean(pair["gap"] for pair in values) ** 0.5  # as check_step() has it
                 found[f"as_{order}"] = {"gap": gap, "margin": run.state["noise"]}
                 run.scorer.zero_grad()
+            for name, repeatable in {"repeatable": True, "any_order": False}.items():
+                few = rows[: run.config.micro_batch]
+                found[f"unrepeated_{name}"] = unrepeated(run, few, repeatable)
+            found["gradients"] = len([*run.scorer.parameters()])
         record.note("noise", **{f"layers_{layers}": found})
-    record.note("noise", gap=found["as_trained"]["gap"])
+    record.note("noise", gap=found["as_trained"]["gap"], gradients=found["unrepeated_repeatable"])
 
 
 # -------------------------------------------------------- full: 7B's shape
@@ -298,11 +318,26 @@ def full(record: Record) -> None:
         rates["scored"] = tokens_of(played) / spent["score"]
         record.note("full", tokens_a_second=rates, peaks_GB=peaks(run))
 
+        more = 2 * run.config.generate_tokens  # twice the places, for one half of the rows each
+        run.config = dataclasses.replace(run.config, generate_tokens=more)
+        with run.scorer.gathered():
+            start, prompts = wait(), [row.prompt for row in run.rows]
+            count = sum(map(len, tm.sample(run, prompts, seed=0)))
+            rates[f"generated_in_{more}"] = count / (wait() - start)
+        record.note("full", tokens_a_second=rates)
+
         # Steps of two micro-batches: the second one lies beside the first one's gradients.
         batch, pairs, average = run.config.batch, run.config.micro_batch, run.config.average
-        few = training(run, played, card, batch=2 * pairs, average=0.0)
+        small = dict(batch=2 * pairs, average=0.0)
+        few = training(run, played, card, **small)
         noise = run.state["noise"]  # of the margins at step 0, all layers
         record.note("full", **{f"micro_batch_{pairs}": few}, noise_of_margins=noise)
+        torch.use_deterministic_algorithms(False)
+        record.note("full", any_order=training(run, played, card, **small))
+        torch.use_deterministic_algorithms(torch.cuda.is_available())
+        chunk, run.scorer.logits_chunk = run.scorer.logits_chunk, 8 * run.scorer.logits_chunk
+        record.note("full", **{f"logits_chunk_{8 * chunk}": training(run, played, card, **small)})
+        run.scorer.logits_chunk = chunk
         pace = few["pass_seconds"][1] / (2 * pairs)
         record.need(2 * batch * pace + 50, "training")
         step = training(run, played, card, batch=batch, average=average)

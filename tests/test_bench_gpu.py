@@ -41,6 +41,7 @@ def test_a_rehearsal_that_is_cut_short_keeps_its_parts_and_a_later_run_adds_the_
     smoke, noise, full = (result["data"][part] for part in bench.PARTS)
     assert result["claims"] == {} and noise == cut["noise"]
     assert smoke | ON == smoke and full | ON == full
+    assert noise["gradients"] == 0 < noise["layers_2"]["gradients"]
     assert noise["gap"] == noise["layers_2"]["as_trained"]["gap"] < 0.1
     assert smoke["samples"] == 2 * 64 + 5 * 16  # to train; held-out of 3 rounds and 2 averages
     assert smoke["unequal"] == smoke["log_lines_unequal"] == smoke["unequal_at_kill"] == 0
@@ -77,12 +78,12 @@ def test_a_part_that_fails_or_comes_too_late_says_so_and_leaves_the_others(tmp_p
 
 def test_goals_are_judged_where_a_gpu_measured_them_at_full_size_and_nowhere_else():
     card = {"device": "NVIDIA H100", "small": False}
-    values = {"smoke": {"unequal": 0, "loaded_gap": 0.01}, "noise": {"gap": 0.2}}
+    values = {"smoke": {"unequal": 0, "loaded_gap": 0.01}, "noise": {"gap": 0.2, "gradients": 1}}
     values["full"] = {"share": 0.45, "peak_GB": 78.1}
     data = {part: found | card for part, found in values.items()}
     verdicts = {name: claim["holds"] for name, claim in bench.claims_of(data).items()}
     assert verdicts == dict(
-        smoke_resumed=True, smoke_loaded=True, noise_step_0=False, full_speed=True,
+        smoke_resumed=True, noise_repeats=False, smoke_loaded=True, noise_step_0=False, full_speed=True,
         full_memory=False,
     )  # fmt: skip
     assert {*bench.claims_of({"full": card | {"peak_GB": 60}})} == {"full_memory"}
