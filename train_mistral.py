@@ -86,9 +86,10 @@ SFT_MODEL = "alignment-handbook/zephyr-7b-sft-full@ac6e600eefcce74f5e8bae1035d4f
 PAIRS = "HuggingFaceH4/ultrafeedback_binarized"
 TOLERANCE = {False: 1e-4, True: 0.1}  # of log pi in fp32, bf16: rms of nats / root of its tokens
 GROWING = {cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer}  # by columns
+CHUNK = 1024 if torch.cuda.is_available() else 128  # tokens whose logits are there at a time
 LAM = 0.8  # times the root of the pairs: --lam by rule
 ADAFACTOR = 50  # times AdamW's rate: its step is a share of a matrix's rms, .02 in a new model
-FREE = {*"rounds micro_batch generate_tokens recompute checkpoint_every beside".split()}
+FREE = {*"rounds micro_batch generate_tokens recompute checkpoint_every repeatable beside".split()}
 DPO = "--out out/tiny-dpo --lam inf --rounds 1 --epochs 10 --lr 1e-3 --beta .03".split()
 # as many steps as tiny's, at the best cell of DPO's grid on 1,000 such pairs (study_worlds.py)
 DAMAGED = "is damaged or missing. Go on from the last round in a new folder: --model OUT/round-N"
@@ -138,11 +139,14 @@ class Config:
     batch: int = option(64, 128, "pairs a step, over all processes")
     micro_batch: int = option(64, 4, "pairs a forward pass of a process: memory, not the loss")
     generate_batch: int = option(250, 512, "prompts that share a seed and a file of samples")
-    generate_tokens: int = option(65_536, 65_536, "prompts and responses sampled at a time: memory")
+    generate_tokens: int = option(
+        65_536, 131_072, "prompts and responses sampled at a time: memory"
+    )
     checkpoint_every: int = option(50, 50, "steps between saved states")
     seed: int = option(0, 0, "of everything random", above=-1)
     bf16: bool = option(None, None, "layers compute in bf16; None: on a GPU")
     recompute: bool = option(None, None, "layers twice, to save memory; None: on a GPU")
+    repeatable: bool = option(True, True, "sums on a GPU in one order: a restart repeats each bit")
     beside: str = option("", "", "folder of another run, drawn in curves.png too")
     dry_run: bool = option(False, False, "print the plan and touch nothing")
 
@@ -227,11 +231,10 @@ def start_processes() -> torch.device:
     """Joins torchrun's processes, or is a group of one."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: fewer faults, fewer holes
     gpu, index = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
-    if gpu:  # where attention's backward and others add in any order unless they are told not to
+    if gpu:
         torch.cuda.set_device(index)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.utils.deterministic.fill_uninitialized_memory = False
-        torch.use_deterministic_algorithms(True)
     if not dist.is_initialized():
         alone = dict(store=dist.HashStore(), rank=0, world_size=1)
         group = {} if "WORLD_SIZE" in os.environ else alone
@@ -439,7 +442,7 @@ class Scorer(nn.Module):
     Sharing writes [x, y+, y-, y'] in one row, so that the prompt is computed once: positions
     restart after x, and an additive mask hides the responses from one another."""
 
-    def __init__(self, lm: nn.Module, sharing: bool = False, logits_chunk: int = 128):
+    def __init__(self, lm: nn.Module, sharing: bool = False, logits_chunk: int = CHUNK):
         super().__init__()
         self.lm, self.sharing, self.logits_chunk = lm, sharing, logits_chunk
 
@@ -465,13 +468,13 @@ class Scorer(nn.Module):
         """Whole weights on every rank and no gradient: ranks sample and score without waiting for
         one another. FSDP2 wants a forward before the first time: check_model's."""
         units = [module for module in self.modules() if isinstance(module, FSDPModule)]
+        hooks = [(unit._forward_pre_hooks, unit._forward_hooks) for unit in units]
         for unit in units:
-            unit.set_reshard_after_forward(False)
             unit.unshard()
+            unit._forward_pre_hooks, unit._forward_hooks = {}, {}  # for them a token waits
         with torch.no_grad():
             yield
-        for unit in units:
-            unit.set_reshard_after_forward(True)
+        for unit, (unit._forward_pre_hooks, unit._forward_hooks) in zip(units, hooks):
             unit.reshard()
 
     def sha256(self) -> str:
@@ -539,23 +542,40 @@ def load_model(config: Config):
     return lm, tokenizer
 
 
+def compute(config: Config, forward, *args, **kwargs):
+    """A layer's forward: in bf16, and kept as its inputs alone until the backward pass."""
+
+    def cast(x):
+        if isinstance(x, tuple):  # the sines and cosines of positions
+            return tuple(map(cast, x))
+        return x.bfloat16() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    if config.bf16:
+        args, kwargs = cast(args), {name: cast(x) for name, x in kwargs.items()}
+    if config.recompute and torch.is_grad_enabled():
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return forward(*args, **kwargs)
+
+
 def shard(scorer: Scorer, device: torch.device, config: Config) -> None:
     """fp32 masters of rank 0's weights, a layer at a time: FSDP2 over several processes, and with
     bf16, in which layers then compute. A layer is a unit, the rest the root's, so that tied
     embeddings stay together. No dropout: training needs gradients, and no training mode."""
+    torch.use_deterministic_algorithms(config.repeatable and device.type == "cuda")
     layers = [m for m in scorer.modules() if isinstance(m, transformers.GradientCheckpointingLayer)]
-    mixed = dict(mp_policy=MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32))
+    mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    policy = {"mp_policy": mixed} if config.bf16 else {}
     if next(scorer.parameters()).is_meta:
         scorer.lm.to_empty(device="cpu").tie_weights()  # pages that nobody touches take no memory
     for unit in [*layers, scorer.eval()]:
         unit.to(device, torch.float32)
-        if unit is not scorer and config.recompute:
-            unit.forward = partial(checkpoint, unit.forward, use_reentrant=False)
+        if unit is not scorer:
+            unit.forward = partial(compute, config, unit.forward)
         for tensor in [*unit.parameters(), *unit.buffers()]:
             if not isinstance(tensor, DTensor):
                 dist.broadcast(tensor.detach(), 0)
         if config.bf16 or dist.get_world_size() > 1:  # who asks the root gets sharded parameters
-            fully_shard(unit, reshard_after_forward=True, **mixed if config.bf16 else {})
+            fully_shard(unit, reshard_after_forward=True, **policy)
     units = [unit for unit in (scorer, *layers[::-1]) if isinstance(unit, FSDPModule)]
     for unit, after in zip(units, [*units[1:], scorer]):  # by default what forward passes left,
         unit.set_modules_to_backward_prefetch([after])  # and in play() each rank does its own
@@ -796,6 +816,7 @@ def sample(run: Run, prompts: list[array], seed: int) -> list[list[int]]:
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the longest come first
     rows, cache, width = [], None, 0
     while waiting or rows:
+        cache = cache if rows else None
         free, layers = places - len(rows), getattr(cache, "layers", ())
         grows = all(type(layer) in GROWING and layer.is_initialized for layer in layers)
         new = waiting[-free:] if not rows or (grows and free > places // 8) else []

@@ -83,8 +83,8 @@ def test_goals_are_judged_where_a_gpu_measured_them_at_full_size_and_nowhere_els
     data = {part: found | card for part, found in values.items()}
     verdicts = {name: claim["holds"] for name, claim in bench.claims_of(data).items()}
     assert verdicts == dict(
-        smoke_resumed=True, noise_repeats=False, smoke_loaded=True, noise_step_0=False, full_speed=True,
-        full_memory=False,
+        smoke_resumed=True, noise_repeats=False, smoke_loaded=True, noise_step_0=False,
+        full_speed=True, full_memory=False,
     )  # fmt: skip
     assert {*bench.claims_of({"full": card | {"peak_GB": 60}})} == {"full_memory"}
     for rehearsal in ({"small": True}, {"device": "cpu"}):
