@@ -8,8 +8,8 @@ noise  how far log pi of a training step is from play()'s at step 0, where both 
        Does a gradient made twice repeat every bit: in the trainer's setting, in torch's own?
 full   7B's shape, random weights made on the card, Adafactor, the preset's longest rows: tokens a
        second of generation, scoring, training; its share of the card's own bf16 matmul rate; peak
-       memory beside the table in train_mistral.py's docstring; three micro-batches; what sums in
-       any order, fewer places to sample in, smaller chunks of logits, rows apart would change.
+       memory beside the table in train_mistral.py's docstring. What sums in any order, chunks of
+       128 logits, a row a response, and wider micro-batches would change.
 
 Parts come in the order of their worth, and OUT/gpu.json is written anew with every figure: a run
 cut short keeps what it had, and a later run of other parts adds to it. A part that fails, or that
@@ -318,40 +318,35 @@ def full(record: Record) -> None:
         rates["scored"] = tokens_of(played) / spent["score"]
         record.note("full", tokens_a_second=rates, peaks_GB=peaks(run))
 
-        less = run.config.generate_tokens // 2
-        run.config = dataclasses.replace(run.config, generate_tokens=less)
-        with run.scorer.gathered():
-            start, prompts = wait(), [row.prompt for row in run.rows]
-            count = sum(map(len, tm.sample(run, prompts, seed=0)))
-            rates[f"generated_in_{less}"] = count / (wait() - start)
-        record.note("full", tokens_a_second=rates)
-
         # Steps of two micro-batches: the second one lies beside the first one's gradients.
         batch, pairs, average = run.config.batch, run.config.micro_batch, run.config.average
-        few = dict(batch=2 * pairs, micro_batch=pairs, average=0.0)
-        one = training(run, played, card, **few)
-        noise = run.state["noise"]  # of the margins at step 0, all layers
-        record.note("full", **{f"micro_batch_{pairs}": one}, noise_of_margins=noise)
-        pace = one["pass_seconds"][1] / (2 * pairs)
-        torch.use_deterministic_algorithms(False)
-        record.note("full", any_order=training(run, played, card, **few))
-        torch.use_deterministic_algorithms(torch.cuda.is_available())
-        for name, value in {"logits_chunk": 128, "sharing": False}.items():
-            before = getattr(run.scorer, name)
-            setattr(run.scorer, name, value)
-            record.note("full", **{f"{name}_{value}": training(run, played, card, **few)})
-            setattr(run.scorer, name, before)
-        few = dict(batch=4 * pairs, micro_batch=2 * pairs, average=0.0)
-        record.note("full", **{f"micro_batch_{2 * pairs}": training(run, played, card, **few)})
-        record.need(2 * batch * pace + 50, "training")
+
+        def steps(name: str, micro: int, **change) -> dict:
+            before = {key: getattr(run.scorer, key) for key in change}
+            vars(run.scorer).update(change)
+            options = dict(batch=2 * micro, micro_batch=micro, average=0.0)
+            record.note("full", **{name: (found := training(run, played, card, **options))})
+            vars(run.scorer).update(before)
+            return found
+
+        few = steps(f"micro_batch_{pairs}", pairs)
+        pace = few["pass_seconds"][1] / (2 * pairs)
+        record.note("full", noise_of_margins=run.state["noise"])  # at step 0, all layers
+        record.need(2 * batch * pace + 20, "training")
         step = training(run, played, card, batch=batch, micro_batch=pairs, average=average)
         most = max(peaks(run).values())
         record.note("full", training=step, share=step["share"], peaks_GB=peaks(run), peak_GB=most)
-        # Last: once memory ran out, nothing can be trusted.
+
+        torch.use_deterministic_algorithms(False)
+        steps("any_order", pairs)
+        steps(f"any_order_micro_batch_{2 * pairs}", 2 * pairs)
+        torch.use_deterministic_algorithms(torch.cuda.is_available())
+        steps("logits_chunk_128", pairs, logits_chunk=128)
+        steps("rows_apart", pairs, sharing=False)
+        steps(f"micro_batch_{2 * pairs}", 2 * pairs)
         record.need(16 * pairs * pace + 10, f"micro-batch {4 * pairs}")
-        few = dict(batch=8 * pairs, micro_batch=4 * pairs, average=0.0)
-        try:
-            record.note("full", **{f"micro_batch_{4 * pairs}": training(run, played, card, **few)})
+        try:  # last: once memory ran out, nothing can be trusted
+            steps(f"micro_batch_{4 * pairs}", 4 * pairs)
         except torch.OutOfMemoryError:
             record.note("full", memory_ran_out_at=4 * pairs)
 

@@ -48,13 +48,14 @@ def test_a_rehearsal_that_is_cut_short_keeps_its_parts_and_a_later_run_adds_the_
     assert 5 < smoke["lines_at_kill"] < smoke["log_lines"] == 2 * 4 + 3
     assert smoke["loaded_gap"] < 0.01 < smoke["gap_of_round_1"]  # control: other weights
     assert smoke["dtype"] == "torch.bfloat16"
-    assert full["table_GB"] == {"play": 52, "train": 65}
+    assert full["table_GB"] == {"play": 61, "train": 65}
     assert {"load", "generate", "score", "train"} <= {*full["peaks_GB"]}
     assert full["peak_GB"] == max(full["peaks_GB"].values())
     assert min(full["matmul_tflop_a_second"], *full["tokens_a_second"].values()) > 0
     assert 0 < full["share"] == full["training"]["share"] < full["training"]["share_in_passes"] < 1
     assert (full["training"]["pairs"], full["training"]["average"]) == (8, 0.5)
     assert {"micro_batch_2", "micro_batch_4", "micro_batch_8"} <= {*full}
+    assert {"any_order", "any_order_micro_batch_4", "logits_chunk_128", "rows_apart"} <= {*full}
 
 
 def test_a_part_that_fails_or_comes_too_late_says_so_and_leaves_the_others(tmp_path, monkeypatch):
