@@ -461,7 +461,8 @@ class Scorer(nn.Module):
         return sums.view(len(items), -1).clone()  # a view would lose FSDP2's backward hook
 
     def head(self, states: Tensor, labels: Tensor) -> Tensor:  # logits live only in here
-        return spac.token_logps(self.lm.get_output_embeddings()(states), labels)
+        head = self.lm.get_output_embeddings()
+        return spac.token_logps(head(states.to(head.weight.dtype)), labels)  # Mamba's are fp32
 
     @contextlib.contextmanager
     def gathered(self):

@@ -334,6 +334,51 @@ def test_recomputed_layers_run_twice_and_others_once():
         assert len(passes) == 1 + recompute
 
 
+def test_a_layer_of_a_bf16_run_gets_bf16_and_whatever_else_it_was_given_as_it_was():
+    """OLMo hands its layers fp32 sines, Mamba fp32 states; ids, masks of bools and caches stay."""
+    given, cache, number = [], object(), torch.ones(2)
+
+    def forward(*args, **kwargs):
+        given.append((args, kwargs))
+
+    sines = (number, (number, number.long()))
+    options = dict(mask=number > 0, position_embeddings=sines, past=cache, scale=number, no=None)
+    for bf16 in (True, False):
+        tm.compute(tm.Config(bf16=bf16), forward, number, **options)
+    (((x,), low), ((y,), high)) = given
+    assert (x.dtype, low["scale"].dtype, y.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    dtypes = [t.dtype for t in (low["position_embeddings"][0], *low["position_embeddings"][1])]
+    assert dtypes == [torch.bfloat16, torch.bfloat16, torch.int64]
+    assert low["past"] is cache and low["mask"] is options["mask"] and low["no"] is None
+    assert high == options
+
+
+@pytest.mark.parametrize("past", ["all", "state"])
+def test_in_gathered_a_layer_is_called_without_fsdp2s_hooks_and_says_the_same(past, tmp_path):
+    """The hooks of 32 layers took a third of the time of a token. Outside they are needed."""
+    rows, calls = rows_of(6), []
+    run = run_of(small_model(**PASTS[past]), rows, bf16=True, max_response=9)
+    tm.shard(run.scorer, torch.device("cpu"), run.config)
+    tm.check_model(run)  # the first forward
+    items = [(row.prompt, [row.chosen, row.rejected]) for row in rows]
+    units = [unit for unit in run.scorer.modules() if isinstance(unit, tm.FSDPModule)]
+    assert len(units) > 1
+    for unit in units:
+        unit.register_forward_pre_hook(lambda *_: calls.append("before"))
+        unit.register_forward_hook(lambda *_: calls.append("after"))
+    with torch.no_grad():
+        outside = run.scorer(items)
+    assert {*calls} == {"before", "after"} and len(calls) == 2 * len(units)
+    calls.clear()
+    with run.scorer.gathered():
+        inside = run.scorer(items)
+        assert tm.sample(run, [row.prompt for row in rows], seed=0)
+    assert torch.equal(inside, outside) and not calls
+    tm.accumulate(run, fake_play(rows))
+    assert calls  # and back again: without them there would be no sharded gradient
+    assert all(isinstance(weight.grad, tm.DTensor) for weight in run.scorer.parameters())
+
+
 def test_padding_changes_no_score_on_either_side_and_of_any_amount():
     lm, row = small_model(), rows_of(1)[0]
     alone = tm.Scorer(lm)([(row.prompt, [row.chosen])])[0, 0]
@@ -1608,7 +1653,7 @@ def test_another_argument_or_world_size_in_the_same_folder_is_refused(straight, 
 
 def test_what_changes_no_result_may_change_and_rounds_may_be_added(straight, tmp_path):
     argv, out = copy_run(straight, tmp_path / "run"), tmp_path / "run"
-    more = "--rounds 3 --micro_batch 2 --checkpoint_every 9 --recompute".split()
+    more = "--rounds 3 --micro_batch 2 --checkpoint_every 9 --recompute --no-repeatable".split()
     in_process([*argv, *more])
     longer = result(out)
     assert longer[0][: len(result(straight / "1")[0])] == result(straight / "1")[0]
