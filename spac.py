@@ -50,7 +50,7 @@ def preference_term(h_chosen: Tensor, h_rejected: Tensor, beta: float) -> Tensor
 
 
 def linear_critic(h_chosen: Tensor, h_rejected: Tensor, h_generated: Tensor, beta: float) -> Tensor:
-    """Eq. 29: implied reward of y' above the pair's mean, which makes c(x) cancel. (B,)"""
+    """Eq. 29: implied reward of y' above the pair's mean: shift(x) cancels (Eq. 26). (B,)"""
     return beta * (h_generated - (h_chosen + h_rejected) / 2)
 
 
@@ -166,7 +166,7 @@ def critic_objective(pi: Tensor, f: Tensor, wins: Tensor, lam: float | Tensor) -
 def mirror_step(pi: Tensor, f: Tensor, eta: float | Tensor) -> Tensor:
     """Eq. 8: one step of exponentiated-gradient ascent of <pi, f> at each prompt. (..., X, A)"""
     f = f.masked_fill(pi == 0, -float("inf"))  # what pi never says stays unsaid
-    # Subtracting the best f changes nothing (c(x) cancels) and keeps exp from overflowing.
+    # Subtracting the best f changes nothing (a shift cancels) and keeps exp from overflowing.
     weights = pi * (eta * (f - f.amax(-1, keepdim=True))).exp()
     return weights / weights.sum(-1, keepdim=True)
 
@@ -230,7 +230,7 @@ def certificate(policies, beta: float, best: Tensor, reward: Tensor, wins: Tenso
     terms = {"travel": beta * (kl(best, policies[0]) - kl(best, policies[-1]))}
     terms["steps"] = beta * sum(kl(p, q) for p, q in steps)
     terms["doubt"] = -sum(excess(best, f) for f in critics)
-    terms["inexact"] = sum(excess(p, f) for (p, _), f in zip(steps, critics))  # eps_t: Eq. 38
+    terms["inexact"] = sum(excess(p, f) for (p, _), f in zip(steps, critics))  # eps_t: Eq. 37
     return {name: term / len(steps) for name, term in terms.items()}
 
 

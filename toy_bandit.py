@@ -250,7 +250,7 @@ class Run(NamedTuple):
 
     mixture: Tensor
     last: Tensor
-    gap: Tensor  # certified gap of the critic, the eps_t of Eq. 23
+    gap: Tensor  # certified gap of the critic, the eps_t of Eq. 37
     optimism: Tensor  # L(pi_t, f_t) - L(pi_t, r*), see Eq. 22
     pointwise: Tensor  # share of the table at which f_t, centred on the data, is <= r*
 
@@ -709,10 +709,11 @@ def draw(path: Path, panels: list[dict]) -> None:
     figure.subplots_adjust(0.13 / len(panels), 0.12, 1 - 0.24 / len(panels), 0.97, wspace=0.6)
     for axis, spec in zip(np.ravel(figure.subplots(1, len(panels))), panels):
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set(xlabel=spec["xlabel"], ylabel=spec["ylabel"])
-        axis.set(xscale=spec["scale"], yscale=spec["scale"])
+        axis.set(xlabel=spec["xlabel"], xscale=spec["scale"], yscale=spec["scale"])
         logs, others, ends = spec["scale"] == "log", cycle(OTHERS), {}
         floor = 1e-5 if logs else -math.inf  # where a log axis shows zeros
+        least = min(np.min(line.get("low") or line["mean"]) for line in spec["lines"].values())
+        axis.set_ylabel(spec["ylabel"] + " (1e-5: that or less)" * bool(least < floor))
         for label, line in spec["lines"].items():
             x, low, high = spec["x"], line.get("low"), line.get("high")
             theory = logs and not low

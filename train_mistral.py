@@ -279,7 +279,8 @@ def messages(turns, role: str) -> list[dict]:
         said = {key: turn[key] for key in SPOKEN if isinstance(turn, dict) and turn.get(key)}
         text = said.setdefault("content", "" if "tool_calls" in said else None)
         fine = isinstance(text, str) and (text.strip() or len(said) > 1)
-        require(fine, "an empty or no text", ValueError)
+        named = f" in a message of {', '.join(map(str, turn))}" if isinstance(turn, dict) else ""
+        require(fine, f"an empty or no text{named}"[:200], ValueError)
         require(text == text.encode(errors="replace").decode(), "not Unicode", ValueError)
         cleaned.append({"role": turn.get("role")} | said)
     return cleaned
@@ -951,7 +952,7 @@ def train(run: Run, rows: list[Row], saved: dict | None) -> None:
     began, first = time.perf_counter(), state["step"]
     for step in range(first, total):
         rate = learning_rate(step, total, peak, config.warmup)
-        values = accumulate(run, batches[step])
+        values = accumulate(run, batches[step])  # forward and backward
         norm = nn.utils.clip_grad_norm_(weights, config.clip)
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         check_step(run, values, norm)
@@ -959,7 +960,7 @@ def train(run: Run, rows: list[Row], saved: dict | None) -> None:
             shard.grad = local(weight.grad)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
-        for mean, shard in zip(run.average, shards):
+        for mean, shard in zip(run.average, shards):  # the averaged weights follow
             mean.copy_(mean.to(shard.device).lerp_(shard, min(1, 1 / horizon)))
         for tensor in (*shards, *weights):  # no gradient outlives its step
             tensor.grad = None
@@ -1193,7 +1194,8 @@ def main(config: Config) -> None:
         state |= {"largest": 0.0, "seconds": {}, "peak_bytes": {}}
         run.save_state()
     averaged = f"{out / 'average'} (averaged weights), " if run.average else ""
-    say(f"done: {averaged}{out / f'round-{config.rounds}'} (the last ones)")
+    last = out / f"round-{state['round'] - 1}"  # of a finished run more rounds than asked for
+    say(f"done: {averaged}{last} (the last ones)")
 
 
 if __name__ == "__main__":

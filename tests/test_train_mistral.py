@@ -983,6 +983,7 @@ BAD = [
     ("an empty or no text", [PAIR | {"chosen": ["x"]}, PAIR | {"chosen": [{"role": "user"}]}]),
     ("an empty or no text", [PAIR | {"prompt": [U | {"content": [{"type": "text"}]}]}]),
     ("an empty or no text", [PAIR | {"chosen": " \n"}]),
+    ("in a message of from, value", [PAIR | {"chosen": [{"from": "gpt", "value": "x"}]}]),
     (
         "no prompt",
         [PAIR | {"prompt": ""}, {"prompt": {"a": 1}, "chosen": [U, A], "rejected": [U, B]}],
