@@ -536,8 +536,10 @@ def test_a_row_that_has_ended_is_computed_no_more():
     assert sum(map(len, ours)) < 0.6 * 12 * max(map(len, ours))  # control: all rows to the end
 
 
-def test_who_waits_takes_the_place_of_who_has_ended_and_no_more_than_fit_are_held():
-    lm, prompts, passes = small_model(), [row.prompt for row in rows_of(48, longest=9)], []
+@pytest.mark.parametrize("past", ["all", "window"])
+def test_who_waits_takes_the_place_of_who_has_ended_and_no_more_than_fit_are_held(past):
+    lm, passes = small_model(**PASTS[past]), []
+    prompts = [row.prompt for row in rows_of(48, longest=9)]
     watch = dict(with_kwargs=True)
     lm.register_forward_hook(lambda *call: passes.append(len(call[2]["input_ids"])), **watch)
     options = dict(max_response=20, stops={2, *range(10, 16)}, generate_tokens=8 * 29)
@@ -545,7 +547,7 @@ def test_who_waits_takes_the_place_of_who_has_ended_and_no_more_than_fit_are_hel
     assert max(passes) == 8 and sum(passes) == sum(map(len, ours))
     order = sorted(range(48), key=lambda i: -len(prompts[i]))
     turns = [max(len(ours[i]) for i in order[k : k + 8]) for k in range(0, 48, 8)]
-    assert len(passes) < 0.9 * sum(turns)  # control: eight after eight, each waits for the slowest
+    assert len(passes) < 0.75 * sum(turns)  # control: eight after eight, each waits for the slowest
 
 
 def test_the_least_and_the_largest_uniform_number_draw_a_token_that_can_be_drawn(monkeypatch):
@@ -566,6 +568,42 @@ def test_the_least_and_the_largest_uniform_number_draw_a_token_that_can_be_drawn
         monkeypatch.setattr(tm.random, "Random", lambda *_, always=always: always())
         drawn = tm.sample(run_of(lm, [], max_response=1), prompts, seed=0)
         assert {y[0] for y in drawn} == {wanted}
+
+
+def test_the_past_of_answers_that_all_ended_is_gone_before_the_next_are_begun(monkeypatch):
+    """On a card it is gigabytes: 8.6 of 61 at 7B."""
+    alive, begun, real = [], [], tm.decode
+
+    def decode(lm, texts, width, cache):
+        if cache is None:
+            alive.append(sum(past() is not None for past in begun))
+        logits, past = real(lm, texts, width, cache)
+        begun.append(weakref.ref(past))
+        return logits, past
+
+    monkeypatch.setattr(tm, "decode", decode)
+    few = run_of(small_model(), [], max_response=5, stops={10**6}, generate_tokens=4 * 7)
+    tm.sample(few, [[1, i] for i in range(5, 17)], seed=0)
+    assert alive == [0, 0, 0] and len(begun) == 3 * 5
+
+
+def test_bf16_logits_are_summed_with_all_their_bits():
+    """A softmax in bf16 has 8 bits: of 4,000 tokens the sums would be nonsense."""
+    lm, told = small_model(vocab_size=4000), torch.randn(4000).bfloat16()
+    real = lm.forward
+
+    def forward(*args, **kwargs):
+        output = real(*args, **kwargs)
+        output.logits = told.expand_as(output.logits)
+        return output
+
+    forward.__signature__ = inspect.signature(real)
+    lm.forward = forward
+    prompts = [[1, i] for i in range(5, 1005)]
+    drawn = tm.sample(run_of(lm, [], max_response=1), prompts, seed=0)
+    sums = list(accumulate(told.double().softmax(-1).tolist()))
+    seeds = (tm.seed_of(0, i) for i in range(1000))
+    assert [y[0] for y in drawn] == [bisect(sums, random.Random(seed).random()) for seed in seeds]
 
 
 def test_fewer_places_than_a_row_needs_are_one():

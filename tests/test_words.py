@@ -716,9 +716,33 @@ def test_the_outputs_that_readme_shows_are_the_records(readme):
     blocks = re.findall(r"^```\n(.*?)^```", readme, re.M | re.S)
     shown = [b for b in blocks if re.match(r"ok |preset ", b)]
     assert len(shown) == 2 and not any(map(unlike_the_records, shown))
-    for block, at in zip(shown, ("0.112", "0.913")):
-        planted = block.replace(at, f"{float(at) + 0.01:.3f}")
-        assert len(unlike_the_records(planted)) == 1  # control
+    for block in shown:  # control: another last digit of any number but the rounds', and a verdict
+        numbers = [m for m in re.finditer(r"(?<=[ ])[\d.,]*\d(?=[ \n])", block)]
+        assert len(numbers) > 7
+        for at in (m.end() - 1 for m in numbers):
+            planted = f"{block[:at]}{(int(block[at]) + 1) % 10}{block[at + 1 :]}"
+            assert len(unlike_the_records(planted)) == 1, planted
+    assert len(unlike_the_records(shown[0].replace("ok ", "MISSED ", 1))) == 1
+
+
+def wrong_verdicts(page: str) -> list[str]:
+    """Rows of the second table of claims that say "holds" or "missed at" against worlds.json."""
+    claims, wrong = recorded()["worlds"]["claims"], []
+    for name, kind, told in re.findall(r"^\| `(\w+)` \| (\w+) \|.*\| (.*?) \|$", page, re.M):
+        if name in claims:
+            of = claims.pop(name)
+            within = {k: low <= of["value"][k] <= high for k, (low, high) in of["limit"].items()}
+            missed = [k for k in of["value"] if not within[k]]
+            fine = told == ("missed at " + ", ".join(missed) if missed else "holds")
+            wrong += [] if fine and kind == of["kind"] else [name]
+    return wrong + [*claims]
+
+
+def test_the_verdicts_of_the_worlds_are_the_records(page):
+    assert not wrong_verdicts(page)
+    planted = page.replace("| missed at styles-10000 |", "| holds |")
+    assert wrong_verdicts(planted) == ["average_beats_oracle_stop"]
+    assert wrong_verdicts("") == [*recorded()["worlds"]["claims"]]
 
 
 def test_the_ablations_caption_in_the_theory_is_the_records():
