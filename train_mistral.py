@@ -825,7 +825,7 @@ def sample(run: Run, prompts: list[array], seed: int) -> list[list[int]]:
         waiting, now = waiting[: len(waiting) - len(new)], new or rows
         logits, fresh = decode(lm, [texts[i] for i in now], width, None if new else cache)
         columns = max((len(texts[i]) - 1 for i in rows), default=0)
-        cache = join(cache, fresh, columns) if new and rows else fresh
+        cache, fresh = join(cache, fresh, columns) if new and rows else fresh, None
         mass = (logits.float().softmax(-1) * 2.0**50).long().cumsum(-1)  # exact: integers
         require(int(mass[:, -1].min()) > 0, "a logit of the model is not finite")
         drawn = torch.tensor([[chances[i].random()] for i in now], dtype=torch.float64)
