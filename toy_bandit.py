@@ -655,9 +655,9 @@ def rivals(quick: bool, rng: np.random.Generator) -> tuple[dict, dict]:
     promise = theorem(world, wins, 1).statistics
     value |= {"Gamma/rivals": promise[promise.isfinite()].mean().item() / others}
     claims |= judge("shared_evidence", value | {"RPO": shared["RPO"]}, seeds * len(ns))
-    shown, panels = ["SPAC plain", *cautious], []
-    for w, fifth, title in (("rare", "DPO", "rare responses"), ("hedge", "RPO", "shared evidence")):
-        panels.append(panel(f"pairs (n), {title}", ns, {k: lines[w][k] for k in (*shown, fifth)}))
+    shown, panels = ["SPAC plain", "RPO", "DPO stopped", "win share", "DPO"], []
+    for w, title in (("rare", "rare responses"), ("hedge", "shared evidence")):
+        panels.append(panel(f"pairs (n), {title}", ns, {k: lines[w][k] for k in shown}))
     return claims, {"settings": settings, "regrets": regrets, "panels": panels}
 
 
@@ -698,9 +698,9 @@ COLOURS = {  # a method has one colour in every picture
     "SPAC": "#0072B2", "SPAC theorem": "#56B4E9", "SPAC no C": "#1A237E", "RPO": "#009E73",
     "SPAC-T, last": "#56B4E9", "DPO": "#D55E00", "DPO stopped": "#E69F00", "win share": "#7B5FC4",
     "pessimistic MLE": "#882255", "RLHF greedy": "#000000", "IPO": "#A65628",
-    "data policy": "#999933",
+    "data policy": "#999933", "proximal": "#17BECF", "SPAC without critic": "#CC79A7",
 }  # fmt: skip
-OTHERS, THEORY = ["#E377C2", "#17BECF", "#5F6B3A", "#C49C6B", "#5A6B8C"], "#888888"
+OTHERS, THEORY = ["#E377C2", "#2F4F2F", "#5F6B3A", "#C49C6B", "#5A6B8C"], "#888888"
 
 
 def draw(path: Path, panels: list[dict]) -> None:

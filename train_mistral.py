@@ -1075,8 +1075,8 @@ def draw_curves(run: Run) -> None:
             label = f"{Path(other).name}'s end, {which} weights"
             ax.axhline(end[key], color="#D55E00", ls="--", lw=width, label=label)
     for ax, names in zip(others, ("preference", "critic", "margin kl")):
-        for name in names.split():
-            ax.plot([line[name] for line in steps], lw=1, label=name)
+        for name, color in zip(names.split(), ("#444444", "#AA8800")):
+            ax.plot([line[name] for line in steps], lw=1, label=name, color=color)
         ax.set(xlabel="step, from round 1 on", ylabel="nats")
     for ax in figure.axes:
         ax.xaxis.get_major_locator().set_params(integer=True)
@@ -1106,7 +1106,7 @@ def plan(run: Run) -> int:
     tokens = sum(len(ids) for row in run.rows for ids in row[1:4]) * config.epochs
     say(f"{config.rounds} rounds: {len(run.rows)} samples, then {steps} steps of {size} pairs; "
         f"{tokens:,} tokens a round, and the samples'; processes: {world}")  # fmt: skip
-    if steps < 20:
+    if config.data and steps < 20:
         say(f"    {steps} steps a round teach little: lower --batch, or raise --epochs or --lr")
     if config.data and len(run.heldout) > len(run.rows) / 4:
         say("    more than a fifth of the pairs is held out: lower --heldout")

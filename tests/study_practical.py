@@ -292,9 +292,7 @@ def draw_certificate(path: Path, table: dict) -> None:
         [cells[row]["gap"] for row in rows], range(len(rows)), "ko", label="their sum, the gap"
     )
     axis.axvline(0, color=bandit.THEORY, lw=0.8)
-    axis.set(
-        xlabel=f"regret, mean of 60 rounds, by its causes ({CERTIFIED})\noff the scale: {beyond}"
-    )
+    axis.set(xlabel=f"gap, mean of 60 rounds, by its causes ({CERTIFIED})\noff the scale: {beyond}")
     axis.set_yticks(range(len(rows)), rows)
     axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(-0.15, 1), ncols=5, fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)

@@ -98,13 +98,12 @@ def draw(data: dict, path: Path) -> None:
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     ax = figure.subplots()
     for name, color in (("SPAC", "#0072B2"), ("DPO", "#D55E00")):
-        for which, style in (("average", "-"), ("heldout", ":")):
+        for which, width in (("average", 3), ("heldout", 1)):
             points = [data[name][which][0], *data[name][which][1:]]
             steps = np.linspace(0, 3, len(points))
             label = f"{name}, {'averaged' if which == 'average' else 'last'} weights"
-            ax.plot(
-                steps, [p["plain"] for p in points], style, color=color, marker="o", label=label
-            )
+            plain = [point["plain"] for point in points]
+            ax.plot(steps, plain, "o-", color=color, lw=width, label=label)
     ax.set(xlabel="passes over the 200 pairs (SPAC: rounds)", ylabel="share of plain words")
     ax.set_xticks(range(4))
     ax.legend(frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))

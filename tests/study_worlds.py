@@ -810,8 +810,7 @@ def exact(lab: Lab) -> dict:
 def draw(path: Path, methods: dict) -> None:
     """Above, how the true reward moves along a run; below, where averaged weights end for more and
     more pairs, with 95 % intervals (dodged). A method has one colour; thin: the last weights."""
-    colours = {OURS: "#0072B2", OFF: "#CC79A7", "DPO": "#D55E00", "RPO": "#009E73",
-               "proximal": "#8C564B"}  # fmt: skip
+    colours = {name: bandit.COLOURS[name] for name in (OURS, OFF, "DPO", "RPO", "proximal")}
     figure = Figure(figsize=(11, 8.4), layout="constrained")
     worlds = {"styles": "rare bad styles", "copy": "six digits to be copied"}
     worlds = {k: v for k, v in worlds.items() if any(where.startswith(k) for where in methods)}
@@ -825,7 +824,7 @@ def draw(path: Path, methods: dict) -> None:
                 line = methods[where][name]["curves"][which]
                 run.plot(range(0, 101, 10), line, color=colours[name], lw=width)
         n = where.split("-")[1]
-        run.set(title=f"{about}: one run on {int(n):,} pairs", xlabel="share of the run (%)")
+        run.set(title=f"{about}: a run on {int(n):,} pairs", xlabel="share of the run (%)")
         x = np.array([int(p.split("-")[1]) for p in points])
         for k, (name, colour) in enumerate(colours.items()):
             told = [methods[p][name]["average"]["reward"] for p in points]
@@ -845,7 +844,7 @@ def draw(path: Path, methods: dict) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylabel("true reward / best (mean of the seeds)")
     handles, labels = axes[1, 0].get_legend_handles_labels()
-    for width, about in ((3, "averaged weights"), (1, "last weights")):
+    for width, about in ((3, "averaged weights; bars: 95 %"), (1, "last weights")):
         handles += axes[0, 0].plot([], [], color="#555555", lw=width)
         labels.append(about)
     figure.legend(handles, labels, frameon=False, ncols=4, loc="outside upper center")
