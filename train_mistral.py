@@ -36,9 +36,9 @@ layer, the head, activations of 8k tokens. Mistral-7B (7.24e9 parameters), GB a 
     4        39      21                  36
     8        35      14                  21
 
-The averaged weights, 4 bytes a parameter, lie on the hosts. Rank 0 reads the weights (14.5 GB of
-its host) and writes round-N (44). A saved state has 8 bytes a parameter, with AdamW 16, and two lie
-on the disk while one replaces the other.
+The averaged weights, 4 to 5 bytes a parameter, lie on the hosts. Rank 0 reads the weights (14.5 GB
+of its host) and writes round-N (44). A saved state has 8 bytes a parameter, with AdamW 16, and two
+lie on the disk while one replaces the other.
 """
 
 import argparse
@@ -56,7 +56,7 @@ import signal
 import sys
 import time
 from array import array
-from collections import Counter
+from collections import Counter, OrderedDict
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -139,14 +139,12 @@ class Config:
     batch: int = option(64, 128, "pairs a step, over all processes")
     micro_batch: int = option(64, 4, "pairs a forward pass of a process: memory, not the loss")
     generate_batch: int = option(250, 512, "prompts that share a seed and a file of samples")
-    generate_tokens: int = option(
-        65_536, 131_072, "prompts and responses sampled at a time: memory"
-    )
+    generate_tokens: int = option(65_536, 131_072, "prompts, responses sampled at a time: memory")
     checkpoint_every: int = option(50, 50, "steps between saved states")
     seed: int = option(0, 0, "of everything random", above=-1)
     bf16: bool = option(None, None, "layers compute in bf16; None: on a GPU")
     recompute: bool = option(None, None, "layers twice, to save memory; None: on a GPU")
-    repeatable: bool = option(True, True, "sums on a GPU in one order: a restart repeats each bit")
+    repeatable: bool = option(True, True, "GPU: a restart repeats each bit (if torch refuses: no-)")
     beside: str = option("", "", "folder of another run, drawn in curves.png too")
     dry_run: bool = option(False, False, "print the plan and touch nothing")
 
@@ -156,10 +154,9 @@ def parse(argv: list[str] | None = None) -> Config:
     parser = argparse.ArgumentParser(description=__doc__, **style)
     fields = {field.name: field.metadata for field in dataclasses.fields(Config)}
     for field in dataclasses.fields(Config):
-        about, kind = field.metadata, dict(type=field.type, choices=field.metadata["choices"])
-        if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        text = "{help} [{tiny} | {mistral-7b}]".format_map(about)
+        kind = dict(type=field.type, choices=field.metadata["choices"])
+        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else kind
+        text = "{help} [{tiny} | {mistral-7b}]".format_map(field.metadata)
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
     preset, gpu = given.get("preset", "tiny"), torch.cuda.is_available()
@@ -451,7 +448,8 @@ class Scorer(nn.Module):
         """B pairs (prompt, K responses) -> (B, K): fp32, in nats, summed over response tokens."""
         table, states_at, labels, lengths = lay_out(items, self.sharing)
         ids, segments, positions = table.to(self.lm.device).unbind(-1)  # (R, T)
-        shared = dict(attention_mask=hide(segments), position_ids=positions) if self.sharing else {}
+        mask = hide(segments).to(self.lm.dtype) if self.sharing else None  # one for all layers
+        shared = dict(attention_mask=mask, position_ids=positions) if self.sharing else {}
         body = self.lm.get_decoder()  # Llama 4's is the whole model, ModernBERT's the head
         body = self.lm.model if body is self.lm or isinstance(body, nn.Linear) else body
         states = body(input_ids=ids, use_cache=False, **shared).last_hidden_state
@@ -468,16 +466,20 @@ class Scorer(nn.Module):
     @contextlib.contextmanager
     def gathered(self):
         """Whole weights on every rank and no gradient: ranks sample and score without waiting for
-        one another. FSDP2 wants a forward before the first time: check_model's."""
+        one another. FSDP2 wants a forward before the first time: check_model's. Its hooks, a third
+        of the time of a token, are put aside."""
         units = [module for module in self.modules() if isinstance(module, FSDPModule)]
         hooks = [(unit._forward_pre_hooks, unit._forward_hooks) for unit in units]
         for unit in units:
             unit.unshard()
-            unit._forward_pre_hooks, unit._forward_hooks = {}, {}  # for them a token waits
-        with torch.no_grad():
-            yield
-        for unit, (unit._forward_pre_hooks, unit._forward_hooks) in zip(units, hooks):
-            unit.reshard()
+            unit._forward_pre_hooks, unit._forward_hooks = OrderedDict(), OrderedDict()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for unit, (before, after) in zip(units, hooks):
+                unit._forward_pre_hooks, unit._forward_hooks = before, after
+                unit.reshard()
 
     def sha256(self) -> str:
         digest = hashlib.sha256()
@@ -545,10 +547,11 @@ def load_model(config: Config):
 
 
 def compute(config: Config, forward, *args, **kwargs):
-    """A layer's forward: in bf16, and kept as its inputs alone until the backward pass."""
+    """A layer's forward: with bf16 on inputs of bf16 (FSDP2 sees to its weights), with recompute
+    kept as its inputs alone until the backward pass."""
 
     def cast(x):
-        if isinstance(x, tuple):  # the sines and cosines of positions
+        if isinstance(x, tuple):  # the sines and cosines of positions; what else layers share stays
             return tuple(map(cast, x))
         return x.bfloat16() if isinstance(x, Tensor) and x.is_floating_point() else x
 
@@ -578,9 +581,6 @@ def shard(scorer: Scorer, device: torch.device, config: Config) -> None:
                 dist.broadcast(tensor.detach(), 0)
         if config.bf16 or dist.get_world_size() > 1:  # who asks the root gets sharded parameters
             fully_shard(unit, reshard_after_forward=True, **policy)
-    units = [unit for unit in (scorer, *layers[::-1]) if isinstance(unit, FSDPModule)]
-    for unit, after in zip(units, [*units[1:], scorer]):  # by default what forward passes left,
-        unit.set_modules_to_backward_prefetch([after])  # and in play() each rank does its own
 
 
 def local(tensor: Tensor) -> Tensor:  # this rank's part of it, the same memory
@@ -818,7 +818,6 @@ def sample(run: Run, prompts: list[array], seed: int) -> list[list[int]]:
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the longest come first
     rows, cache, width = [], None, 0
     while waiting or rows:
-        cache = cache if rows else None
         free, layers = places - len(rows), getattr(cache, "layers", ())
         grows = all(type(layer) in GROWING and layer.is_initialized for layer in layers)
         new = waiting[-free:] if not rows or (grows and free > places // 8) else []
@@ -826,11 +825,11 @@ def sample(run: Run, prompts: list[array], seed: int) -> list[list[int]]:
         logits, fresh = decode(lm, [texts[i] for i in now], width, None if new else cache)
         columns = max((len(texts[i]) - 1 for i in rows), default=0)
         cache, fresh = join(cache, fresh, columns) if new and rows else fresh, None
-        mass = (logits.float().softmax(-1) * 2.0**50).long().cumsum(-1)  # exact: integers
-        require(int(mass[:, -1].min()) > 0, "a logit of the model is not finite")
-        drawn = torch.tensor([[chances[i].random()] for i in now], dtype=torch.float64)
-        passed = (drawn.to(mass.device) * mass[:, -1:]).long()
-        tokens = torch.searchsorted(mass, passed, right=True).flatten().tolist()
+        mass = (logits.float().softmax(-1) * 2.0**50).long().cumsum(-1)  # whole numbers: exact in
+        totals = mass[:, -1].tolist()  # any order of adding, and small enough for a float
+        require(min(totals) > 0, "a logit of the model is not finite")
+        passed = [[int(chances[i].random() * total)] for i, total in zip(now, totals)]
+        tokens = torch.searchsorted(mass, mass.new_tensor(passed), right=True).flatten().tolist()
         for i, token in zip(now, tokens):
             texts[i].append(token)
         rows = rows + new
@@ -839,7 +838,7 @@ def sample(run: Run, prompts: list[array], seed: int) -> list[list[int]]:
         going = [k for k, i in enumerate(rows) if not full[k] and texts[i][-1] not in run.stops]
         if cache and 0 < len(going) < len(rows):
             cache.reorder_cache(torch.tensor(going, device=lm.device))
-        rows = [rows[k] for k in going]
+        rows, cache = [rows[k] for k in going], cache if going else None
     return [text[len(x) :] for text, x in zip(texts, prompts)]
 
 
@@ -941,9 +940,9 @@ def train(run: Run, rows: list[Row], saved: dict | None) -> None:
         optimizer.load_state_dict(saved)
     horizon = config.average * config.rounds * len(batches)  # of the averaged weights, in steps
     if state["round"] and horizon and not run.average:
-        run.average = [shard.cpu().clone() for shard in shards]  # pi_1's
-    if torch.cuda.is_available():  # such memory goes to a card and back at 13 times the speed
-        run.average = [mean.pin_memory() for mean in run.average]
+        run.average = [shard.to("cpu", copy=True) for shard in shards]  # pi_1's
+    for k, mean in enumerate(run.average):  # pinned memory is quick to reach from a card
+        run.average[k] = mean.pin_memory() if torch.cuda.is_available() else mean
     names, peak = (COLUMNS.split(), config.lr) if state["round"] else (["loss"], config.sft_lr)
     name, total = f"round {state['round']}/{config.rounds}", len(batches)
     if state["step"] < total:
@@ -1121,7 +1120,7 @@ def plan(run: Run) -> int:
     state, training = (12, 16) if config.optimizer == "adamw" else (4, 8)  # bytes: see the top
     averages = 1 if config.average else 0  # in each saved state, and in a folder
     say(f"{weights:,} parameters: {training * weights / world / 1e9:.3g} GB a process with their "
-        f"gradients and {config.optimizer}, {weights / 5e8:.3g} to play in bf16; besides, "
+        f"gradients and {config.optimizer}; in bf16 {weights / 5e8:.3g} more to play; besides, "
         "activations")  # fmt: skip
     folders = (config.rounds + 1 + averages) * (2 if config.bf16 else 4)
     return (2 * (state + 4 * averages) + folders) * weights
@@ -1194,8 +1193,7 @@ def main(config: Config) -> None:
         state |= {"largest": 0.0, "seconds": {}, "peak_bytes": {}}
         run.save_state()
     averaged = f"{out / 'average'} (averaged weights), " if run.average else ""
-    last = out / f"round-{state['round'] - 1}"  # of a finished run more rounds than asked for
-    say(f"done: {averaged}{last} (the last ones)")
+    say(f"done: {averaged}{out}/round-{state['round'] - 1} (the last ones)")
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ def measure(job: dict, processes: int, temporary: Path) -> dict:
     """Seconds a step and MiB at the peak, in fresh processes."""
     path = temporary / "job.json"
     path.write_text(json.dumps(job))
-    path.with_suffix(".out").unlink(missing_ok=True)
+    for left in (path.with_suffix(".out"), Path(job["out"] + ".jsonl")):
+        left.unlink(missing_ok=True)
     alone = dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [job["python"], *(several if processes > 1 else []), __file__, "--work", str(path)]

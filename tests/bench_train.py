@@ -187,6 +187,20 @@ def our_steps(job: dict) -> dict:
     return meter.told(len(rows), opponent.mean(0).tolist(), scoring)
 
 
+def one_dataset(pairs: list[dict], path: Path, rank: int):
+    """Rows in a file, read by every process: of rows in memory TRL's other ranks seek the reference
+    scores where the first one did not write them."""
+    import datasets
+
+    if rank == 0:
+        (temporary := path.with_suffix(".tmp")).write_text("\n".join(map(json.dumps, pairs)))
+        os.replace(temporary, path)
+    while not path.exists():
+        time.sleep(0.05)
+    cache = str(path.with_suffix(".cache"))
+    return datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=cache)
+
+
 def trl_steps(job: dict) -> dict:
     """DPOTrainer's step: what can be left out on a CPU (bf16, saving, reports) is left out."""
     import datasets
@@ -195,6 +209,7 @@ def trl_steps(job: dict) -> dict:
     import trl
 
     meter, scoring = Meter(), [0.0]
+    world, rank = (int(os.environ.get(name, k)) for k, name in ((1, "WORLD_SIZE"), (0, "RANK")))
 
     class Clock(transformers.TrainerCallback):  # from end to end: fetching the batch is in it
         def on_train_begin(self, *args, **kwargs):
@@ -221,14 +236,18 @@ def trl_steps(job: dict) -> dict:
     pairs = [dict(prompt=x, chosen=chosen, rejected=other) for x, chosen, other, _ in texts]
     precomputed = job["variant"].endswith(("-precomputed", "-huge"))
     config = trl.DPOConfig(
-        job["out"], max_steps=1 + job["steps"], per_device_train_batch_size=len(pairs), beta=BETA,
+        job["out"], max_steps=1 + job["steps"], beta=BETA,
+        per_device_train_batch_size=len(pairs) // world,
         learning_rate=job["lr"], lr_scheduler_type="constant", max_grad_norm=CLIP, max_length=None,
         precompute_ref_log_probs=precomputed, bf16=False, use_cpu=True,
         gradient_checkpointing=job["recompute"], save_strategy="no", report_to="none",
         gradient_checkpointing_kwargs={"use_reentrant": False}, dataloader_pin_memory=False,
         model_init_kwargs={"dtype": "float32"}, logging_steps=1, disable_tqdm=True,
     )  # fmt: skip
-    about = dict(processing_class=tokenizer, train_dataset=datasets.Dataset.from_list(pairs))
+    rows = datasets.Dataset.from_list(pairs)
+    if world > 1:
+        rows = one_dataset(pairs, Path(job["out"] + ".jsonl"), rank)
+    about = dict(processing_class=tokenizer, train_dataset=rows)
     trainer = Trainer(job["folder"], args=config, callbacks=[Clock()], **about)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
