@@ -582,7 +582,7 @@ MEASURED = {
         "ten proximal rounds lose {.03} of": "practical:claims.proximal_pays.value.error/SPAC-T",
     },
     "README.md": {
-        "| [SPAC](spac.py) | samples y' each round | Eq. 20 (SPAC-T) | {.91} | {.85} |": (
+        "| [SPAC](spac.py) | samples y' each round | Eq. 20 | {.91} | {.85} |": (
             "worlds:data.methods.styles-1000.SPAC.average.reward.0; "
             "worlds:data.methods.copy-300.SPAC.average.reward.0"
         ),
@@ -638,8 +638,8 @@ MEASURED = {
         ): ("worlds:claims.certificate_adds_up.value.styles-1000"),
         (
             "*Reward divided by the best possible, 16 seeds that had no part in SPAC's rule for "
-            "lam. Rivals take the best of one to three cells, mostly grid-edge, on these very "
-            "seeds. At equal steps SPAC's average leads tuned DPO's by {.012} to {.091} "
+            "lam. Rivals take the best of one to three settings, mostly grid-edge, on these very "
+            "seeds. After equal steps SPAC's average leads tuned DPO's by {.012} to {.091} "
             "(three of six intervals above 0) and RPO's by {-.004} to {.019}."
         ): (
             "worlds:data.methods.styles-1000.DPO.average.SPAC's average less this.0; "
@@ -647,11 +647,11 @@ MEASURED = {
             "worlds:data.methods.styles-1000.RPO.average.SPAC's average less this.0; "
             "worlds:data.methods.styles-3000.RPO.average.SPAC's average less this.0"
         ),
-        (" The proximal form (Eq. 39) is level or ahead: SPAC less it is {-.023} to {.001}."): (
+        (" The proximal form (Eq. 39) is level or ahead: SPAC's lead is {-.023} to {.001}."): (
             "worlds:data.methods.copy-300.proximal.average.SPAC's average less this.0; "
             "worlds:data.methods.styles-3000.proximal.average.SPAC's average less this.0"
         ),
-        "GB a card for 7B, by arithmetic (an H100, Adafactor: {61}, {66}):": (
+        "GB a card for 7B, computed (measured, H100, Adafactor: {61}, {66}):": (
             "gpu:data.full.peaks_GB.generate; gpu:data.full.peaks_GB.train"
         ),
         "[7B's shape](results/README.md#on-a-gpu): 128 pairs in {45} seconds.": (
