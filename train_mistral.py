@@ -466,8 +466,8 @@ class Scorer(nn.Module):
     @contextlib.contextmanager
     def gathered(self):
         """Whole weights on every rank and no gradient: ranks sample and score without waiting for
-        one another. FSDP2 wants a forward before the first time: check_model's. Its hooks, a third
-        of the time of a token, are put aside."""
+        one another. FSDP2 wants a forward before the first time: check_model's. Its hooks,
+        slow beside the work of a token, are put aside."""
         units = [module for module in self.modules() if isinstance(module, FSDPModule)]
         hooks = [(unit._forward_pre_hooks, unit._forward_hooks) for unit in units]
         for unit in units:

@@ -354,7 +354,7 @@ def test_a_layer_of_a_bf16_run_gets_bf16_and_whatever_else_it_was_given_as_it_wa
 
 @pytest.mark.parametrize("past", ["all", "state"])
 def test_in_gathered_a_layer_is_called_without_fsdp2s_hooks_and_says_the_same(past, tmp_path):
-    """The hooks of 32 layers took a third of the time of a token. Outside they are needed."""
+    """The hooks of 32 layers are slow beside the work of a token. Outside they are needed."""
     rows, calls = rows_of(6), []
     run = run_of(small_model(**PASTS[past]), rows, bf16=True, max_response=9)
     tm.shard(run.scorer, torch.device("cpu"), run.config)
