@@ -63,7 +63,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-import datasets
 import jinja2
 import tokenizers
 import torch
@@ -103,6 +102,9 @@ def require(condition, problem: str, error=SystemExit):
     return condition
 
 
+expect = partial(require, error=ValueError)  # of a row, else it is dropped; of a model's folder
+
+
 # -------------------------------------------------------- configuration
 def option(tiny, mistral_7b, help: str, choices=None, above=0, most=1e300):
     about = {"tiny": tiny, "mistral-7b": mistral_7b, "help": help, "choices": choices}
@@ -113,19 +115,20 @@ def option(tiny, mistral_7b, help: str, choices=None, above=0, most=1e300):
 class Config:
     """Each value in the presets tiny and mistral-7b (our choice, not the paper's; yours too)."""
 
-    preset: str = option("tiny", "mistral-7b", "named defaults", ["tiny", "mistral-7b"])
+    preset: str = option("tiny", "mistral-7b", "tiny: a world of ours; mistral-7b: your model and "
+                         "pairs, defaults for 7B", ["tiny", "mistral-7b"])  # fmt: skip
     out: str = option("out/tiny", "out/mistral-7b", "folder of the run, new or to go on with")
     model: str = option("", SFT_MODEL, "where self-play starts: folder, or hub NAME[@REVISION]")
     data: str = option("", PAIRS, "pairs: .json[l][.gz], .parquet, folder, hub NAME[@REVISION]")
     split: str = option("", "train_prefs", "split of a folder or of hub data")
-    rows: int = option(1000, 0, "train on the first ROWS usable rows; 0 is all", above=-1)
-    heldout: int = option(500, -1, "rows held out; -1: a tenth, at most 500", above=-2)
+    rows: int = option(1000, 0, "train on the first ROWS usable rows; 0 is all", above=-0.5)
+    heldout: int = option(500, -1, "rows held out; -1: a tenth, at most 500", above=-1.5)
     heldout_data: str = option("", "", "such rows from another file instead")
     max_prompt: int = option(16, 512, "tokens of a prompt; a longer one loses its start", above=1)
     max_response: int = option(8, 512, "tokens of a response, y' too; a longer one is cut")
     rounds: int = option(10, 3, "rounds of self-play")
     epochs: int = option(1, 1, "passes over the pairs in a round")
-    sft_epochs: int = option(10, 0, "supervised passes over both responses, as round 0", above=-1)
+    sft_epochs: int = option(10, 0, "supervised passes over both responses, as round 0", above=-0.5)
     sft_lr: float = option(3e-3, 1e-5, "learning rate of those")
     beta: float = option(0.3, 0.1, "1 / eta: reward per nat of log-ratio to pi_t")
     lam: float = option(None, None, f"weight of the data; inf: no critic; None: {LAM} x the root "
@@ -141,7 +144,7 @@ class Config:
     generate_batch: int = option(250, 512, "prompts that share a seed and a file of samples")
     generate_tokens: int = option(65_536, 131_072, "prompts, responses sampled at a time: memory")
     checkpoint_every: int = option(50, 50, "steps between saved states")
-    seed: int = option(0, 0, "of everything random", above=-1)
+    seed: int = option(0, 0, "of everything random", above=-0.5)
     bf16: bool = option(None, None, "layers compute in bf16; None: on a GPU")
     recompute: bool = option(None, None, "layers twice, to save memory; None: on a GPU")
     repeatable: bool = option(True, True, "GPU: a restart repeats each bit (if torch refuses: no-)")
@@ -171,7 +174,9 @@ def parse(argv: list[str] | None = None) -> Config:
     for name, value in vars(config).items():
         above, most = fields[name]["above"], fields[name]["most"]
         if type(value) in (int, float) and not above < value <= most:
-            parser.error(f"--{name} {value} must be above {above} and at most {most}")
+            wanted = f"above {above}" if above >= 0 else f"{math.ceil(above)} or more"
+            wanted += {1: " and at most 1", math.inf: ""}.get(most, " and finite")
+            parser.error(f"--{name} {value}: it must be {wanted}")
     if config.beside and not last_round(config.beside):
         parser.error(f"--beside {config.beside} holds no run: its log.jsonl has no round")
     return config
@@ -259,8 +264,9 @@ def seed_of(*parts) -> int:
 
 
 # -------------------------------------------------------- what a row says
-SPOKEN = ("content", "reasoning_content", "reasoning", "thinking", "tool_calls")  # by a turn
-UNREAD = "instruction input history context documents tools images".split()  # they would speak
+SPOKEN = "content reasoning_content reasoning thinking tool_calls function_call".split()  # in turns
+UNREAD = "instruction input history context documents tools functions images image audio".split()
+UNREAD += ["system_prompt", "system_message"]  # all would speak; the name for these is "system"
 
 
 def parsed(row):
@@ -271,45 +277,50 @@ def parsed(row):
 
 def messages(turns, role: str) -> list[dict]:
     """Text, or messages -> messages of non-empty Unicode text. Raises ValueError, with a reason."""
-    turns, cleaned = [{"role": role, "content": turns}] if isinstance(turns, str) else turns, []
-    for turn in turns if isinstance(turns, list) else []:
-        said = {key: turn[key] for key in SPOKEN if isinstance(turn, dict) and turn.get(key)}
-        text = said.setdefault("content", "" if "tool_calls" in said else None)
-        fine = isinstance(text, str) and (text.strip() or len(said) > 1)
-        named = f" in a message of {', '.join(map(str, turn))}" if isinstance(turn, dict) else ""
-        require(fine, f"an empty or no text{named}"[:200], ValueError)
-        require(text == text.encode(errors="replace").decode(), "not Unicode", ValueError)
-        cleaned.append({"role": turn.get("role")} | said)
+    cleaned = []
+    for turn in [{"role": role, "content": turns}] if isinstance(turns, str) else turns or []:
+        expect(isinstance(turn, dict), f"a list of {type(turn).__name__}, not of messages")
+        said = {key: turn[key] for key in SPOKEN if turn.get(key)}
+        named = "role" in turn and ("content" in turn or "tool_calls" in said)
+        told = f"a message has {', '.join(map(str, turn))}"[:200]
+        expect(named, f"{told}: rename its fields to role, content")
+        text = said.setdefault("content", "")
+        expect(isinstance(text, str), f"content of type {type(text).__name__}, not text")
+        expect(text.strip() or "tool_calls" in said, "an empty text")
+        expect(text == text.encode(errors="replace").decode(), "not Unicode")
+        cleaned.append({"role": turn["role"]} | said)
     return cleaned
 
 
 def conversations(row) -> list[list[dict]]:
     """A pair in any form, or a line of JSON -> two conversations, up to chosen and to rejected."""
     row, both = parsed(row), []
-    require(isinstance(row, dict), "not a JSON object", ValueError)
+    expect(not isinstance(row, bytes), "not valid JSON")
+    expect(isinstance(row, dict), "not a JSON object")
     unread = [name for name in UNREAD if row.get(name)]
-    require(not unread, f"columns that this trainer does not read: {', '.join(unread)}", ValueError)
+    expect(not unread, f"columns that this trainer does not read: {', '.join(unread)}")
     lacking = "no {}, as text or messages; the row has " + ", ".join(sorted(map(str, row)))[:200]
-    for name in ("system", "prompt"):
-        require(isinstance(row.get(name), str | list | None), lacking.format(name), ValueError)
+    for name in ("system", "prompt", "chosen", "rejected"):
+        form = type(row.get(name) or "").__name__
+        expect(form in ("str", "list"), f"{name} of type {form}, not text or a list of messages")
     system = messages(row.get("system") or [], "system")
     for field in ("chosen", "rejected"):
         *before, answer = messages(row.get(field), "assistant") or [None]
-        require(answer, lacking.format(field), ValueError)
+        expect(answer, lacking.format(field))
         asked = messages(row.get("prompt") or [], "user") or before
         asked = system[: asked[:1] != system] + asked
         if before and asked[-len(before) :] != before:  # a whole conversation: is asked part of it?
             parts = [before[i : i + len(asked)] for i in range(len(before))]
-            require(asked in parts, "prompt or system contradicts the conversation", ValueError)
+            expect(asked in parts, "prompt or system contradicts the conversation")
             asked = before
-        require(asked, lacking.format("prompt"), ValueError)
+        expect(asked, lacking.format("prompt"))
         roles = [turn["role"] for turn in [*asked, answer]]
         turn_about = ["user", "assistant"] * max(1, len(roles) // 2)
         odd = [f", {role!r}" for role in roles if role not in ("system", "user", "assistant")]
         found = f"wrong role order{''.join(odd[:1])}, not [system,] user, assistant, in turn"
-        require(roles[roles[0] == "system" :] == turn_about, found, ValueError)
+        expect(roles[roles[0] == "system" :] == turn_about, found)
         both.append([*asked, answer])
-    require(both[0][:-1] == both[1][:-1], "chosen and rejected have different prompts", ValueError)
+    expect(both[0][:-1] == both[1][:-1], "chosen and rejected have different prompts")
     return both
 
 
@@ -356,7 +367,7 @@ def encode(row, number: int, tokenizer, stops: set[int], config: Config, now=Non
 
     def written(turn: dict, text: str) -> None:
         whole = re.sub(BLANK, "", turn["content"]) in re.sub(BLANK, "", text)
-        require(whole, f"the template does not write all of {turn['role']}'s text", ValueError)
+        expect(whole, f"the template does not write all of {turn['role']}'s text")
 
     *before, _ = both[0]
     asked = write(before, add_generation_prompt=True)
@@ -366,21 +377,21 @@ def encode(row, number: int, tokenizer, stops: set[int], config: Config, now=Non
     for *_, answer in both:
         text, content = write([*before, answer]), answer["content"]
         ids, told = ids_of(text).input_ids, text.removeprefix(asked)
-        require(ids[: len(prompt)] == prompt, "the template rewrites its own prompt", ValueError)
+        expect(ids[: len(prompt)] == prompt, "the template rewrites its own prompt")
         written(answer, told)
         for key in answer.keys() - {"role", "content"}:
             used = write([*before, answer | {key: None}]) != text
-            require(used, f"the template does not write {key}", ValueError)
+            expect(used, f"the template does not write {key}")
         after = [content.partition(tokenizer.decode([stop]))[2] for stop in stops]
-        require(not any(map(str.strip, after)), "an answer goes on after a stop token", ValueError)
+        expect(not any(map(str.strip, after)), "an answer goes on after a stop token")
         ids, rest = ids[len(prompt) :], told.rpartition(content.strip() or told)[2].strip()
         ends = [i for i, token in enumerate(ids, 1) if token in stops]
-        require(ends or not rest, f"the template ends an answer with {rest[:40]!r}, no stop token: "
-                "name it in generation_config.json's eos_token_id", ValueError)  # fmt: skip
+        expect(ends or not rest, f"the template ends an answer with {rest[:40]!r}, no stop token: "
+                "name it in generation_config.json's eos_token_id")  # fmt: skip
         ids = ids[: ends[0]] if ends else [*ids, tokenizer.eos_token_id]
-        require(len(ids) > 1, "nothing of a response is left", ValueError)
+        expect(len(ids) > 1, "nothing of a response is left")
         responses.append(ids[: config.max_response])
-    require(responses[0] != responses[1], "chosen equals rejected, or does once cut", ValueError)
+    expect(responses[0] != responses[1], "chosen equals rejected, or does once cut")
     kept = bos if bos in (prompt[:1], tokenizer("a").input_ids[:1]) else []  # by either's habit
     prompt = kept + prompt[prompt[:1] == bos :][len(kept) - config.max_prompt :]
     return Row(number, *(array("i", ids) for ids in (prompt, *responses)))
@@ -392,6 +403,13 @@ def pinned(source: str) -> tuple[str, str]:  # a name and its revision
     return name, revision or "main"
 
 
+def unreadable(source: str, wanted: str, error: Exception) -> str:
+    here, told = "", str(error)
+    if not os.path.exists(source):  # then the hub was asked: its advice is for names
+        here, told = "no such file or folder here; ", told.partition("\n")[0]
+    return f"cannot read {source} ({here}{wanted}): {told}"
+
+
 def read(source: str, config: Config):
     """The rows of a data set as they stand, dicts or lines."""
     (name, revision), path = pinned(source), Path(source)
@@ -399,16 +417,16 @@ def read(source: str, config: Config):
         return CopyDigits().pairs(config.rows + config.heldout, config.seed)
     if source.endswith(".jsonl"):
         return path.read_bytes().splitlines()  # each of its own form
+    import datasets  # a second and memory that others need not spend
+
     kind = {".parquet": "parquet", ".json": "json", ".gz": "json"}.get(path.suffix)
     if kind:
         return datasets.load_dataset(kind, data_files=source, split="train")
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         saved = datasets.load_from_disk(source)
-        if isinstance(saved, dict):
-            told = f"no split {config.split!r}, but {', '.join(saved)}: --split names one"
-            require(config.split in saved, told, ValueError)
-            saved = saved[config.split]
-        return saved
+        splits = saved if isinstance(saved, dict) else {config.split: saved}
+        told = f"no split {config.split!r}, but {', '.join(splits)}: --split names one"
+        return expect(splits.get(config.split), told)
     return datasets.load_dataset(name, revision=revision, split=config.split)
 
 
@@ -418,9 +436,8 @@ def load_rows(source: str, tokenizer, stops, config: Config, now=None) -> tuple[
     try:
         raw = read(source, config)
     except Exception as error:  # of many libraries
-        wanted = ".jsonl[.gz], .json, .parquet, a saved data set's folder, or a hub name"
-        here = "" if os.path.exists(source) else "no such file or folder here; "
-        raise SystemExit(f"cannot read {source} ({here}wanted: {wanted}): {error}") from None
+        wanted = "wanted: .jsonl[.gz], .json, .parquet, a saved data set's folder, or a hub name"
+        raise SystemExit(unreadable(source, wanted, error)) from None
     for number, row in enumerate(tqdm(raw, "reading", disable=dist.get_rank() > 0 or None), 1):
         row = parsed(row)
         columns |= {*row} if isinstance(row, dict) else set()
@@ -528,11 +545,11 @@ def load_model(config: Config):
         tokenizer.chat_template = PLAIN_TEMPLATE
     shape = transformers.AutoConfig.from_pretrained(name, revision=revision)
     quantized = getattr(shape, "quantization_config", None)
-    require(not quantized, "its weights are quantized, and bf16 or fp32 are needed", ValueError)
+    expect(not quantized, "its weights are quantized, and bf16 or fp32 are needed")
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(shape)
     kind, kinds = type(lm).__name__, shape.architectures
-    require(kind in (kinds or [kind]), f"it is a {kinds}, and {kind} is needed", ValueError)
+    expect(kind in (kinds or [kind]), f"it is a {kinds}, and {kind} is needed")
     with contextlib.suppress(OSError):  # a folder may have none
         lm.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
     if config.dry_run or dist.get_rank() > 0:
@@ -540,9 +557,9 @@ def load_model(config: Config):
     wish = dict(config=shape, output_loading_info=True, ignore_mismatched_sizes=True)  # named
     lm, told = AutoModelForCausalLM.from_pretrained(name, revision=revision, **wish)
     lacking = [*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])]
-    require(not lacking, f"it lacks, or has in another shape, {', '.join(lacking)}", ValueError)
+    expect(not lacking, f"it lacks, or has in another shape, {', '.join(lacking)}")
     broken = [name for name, weight in lm.named_parameters() if not weight.isfinite().all()]
-    require(not broken, f"{broken[:1]} is not finite", ValueError)
+    expect(not broken, f"{broken[:1]} is not finite")
     return lm, tokenizer
 
 
@@ -699,7 +716,7 @@ class Run:
             free = math.inf if self.state["saves"] else shutil.disk_usage(self.out).free
             require(free > need, f"{self.out} has {free / 1e9:.3f} GB free, needs {need / 1e9:.3f}")
             seal(page, self.state)
-            about = {m.__name__: m.__version__ for m in (torch, transformers, datasets)}
+            about = {m.__name__: m.__version__ for m in (torch, transformers)}
             about["model_commit"] = getattr(self.scorer.lm.config, "_commit_hash", None)
             (self.out / "run.json").write_text(json.dumps(about | {"run": mine}, indent=1))
             for name, lines in self.state["logs"].items():  # lines of later steps come again
@@ -777,7 +794,8 @@ def check_model(run: Run) -> None:
                 beside = gap(scorer(items))
             run.state["sharing"] = all(gather(fits and beside <= limit))  # an odd rank decides
     scorer.sharing = run.state["sharing"]
-    say("responses to a prompt " + ("share one row" if scorer.sharing else "take a row each"))
+    rows = "its responses share" if scorer.sharing else "each of its responses take"
+    say(f"scoring: a prompt and {rows} a row")
 
 
 # -------------------------------------------------------- self-play: y' ~ pi_t, and log pi_t
@@ -992,7 +1010,8 @@ def check_step(run: Run, values: list[dict], norm: float) -> None:
     if run.state["round"] and run.state["step"] == 0:
         gap, limit = fmean(p["gap"] for p in values) ** 0.5, TOLERANCE[bool(run.config.bf16)]
         noise = run.state["noise"] = fmean(pair["margin"] ** 2 for pair in values) ** 0.5
-        say(f"pi is pi_t to {gap:.1e} nats a root token (at most {limit}), margins to {noise:.1e}")
+        told = f"log pi is as in play to {gap:.1e} nats / sqrt(tokens), at most {limit}"
+        say(f"{told}; margins to {noise:.1e}")
         require(gap <= limit, f"{where}: pi is not pi_t; were they scored the same way?")
 
 
@@ -1016,6 +1035,8 @@ def evaluate(run: Run) -> None:
         run.save_model("average")
         means |= {f"average_{k}": v for k, v in judge(run, f"average-{number}").items()}
         swap(run)
+    took = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in spent["seconds"].items())
+    say(f"round {number}: {took}; peak {max(spent['peak_bytes'].values()) / 1e9:.2f} GB")
     means["max_implied_reward"] = run.state["largest"]
     run.log("log.jsonl", {"event": "round", "round": number} | means | spent)
     if number and dist.get_rank() == 0:
@@ -1041,7 +1062,8 @@ def judge(run: Run, name: str) -> dict:
             fact["outside"] = world.outside(response)
         told.append(fact)
         if len(told) <= 4:
-            say(f"    {prompt[-70:]!r} -> {response[:70]!r}")
+            cut = [".." * (len(text) > 70) for text in (prompt, response)]
+            say(f"    {cut[0]}{prompt[-70:]!r} -> {response[:70]!r}{cut[1]}")
             line = {"round": number, "row": row.number, "prompt": prompt, "response": response}
             run.log("samples.jsonl", line | {"of": name.partition("-")[0]})
     means = {fact: fmean(one[fact] for one in told) for fact in told[0]}
@@ -1088,8 +1110,9 @@ def plan(run: Run) -> int:
     """Says what will be done and refuses rows the model cannot read; returns the bytes of disk."""
     config, world, dropped = run.config, dist.get_world_size(), run.state["logs"]["dropped.jsonl"]
     say(f"{len(run.rows)} pairs to train on, {len(run.heldout)} held out, {len(dropped)} dropped")
+    first = {line["reason"]: line["row"] for line in dropped[::-1]}
     for reason, count in Counter(line["reason"] for line in dropped).most_common(20):
-        say(f"    {count} dropped: {reason}")
+        say(f"    {count} dropped, first row {first[reason]}: {reason}")
     require(run.rows, "no pair is left to train on: --help shows the forms of a pair")
     for name, part in (("prompts", slice(1, 2)), ("pairs", slice(1, 4))):
         known = {repr(row[part]) for row in run.rows}
@@ -1106,7 +1129,10 @@ def plan(run: Run) -> int:
     say(f"{config.rounds} rounds: {len(run.rows)} samples, then {steps} steps of {size} pairs; "
         f"{tokens:,} tokens a round, and the samples'; processes: {world}")  # fmt: skip
     if config.data and steps < 20:
-        say(f"    {steps} steps a round teach little: lower --batch, or raise --epochs or --lr")
+        wish = max(1, len(run.rows) * config.epochs // 20)
+        say(f"    {steps} steps a round teach little: --batch {wish} makes 20, or raise --epochs")
+    if config.data and steps <= config.checkpoint_every:
+        say("    saved states: one a round; a lower --checkpoint_every saves within a round too")
     if config.data and len(run.heldout) > len(run.rows) / 4:
         say("    more than a fifth of the pairs is held out: lower --heldout")
     room, known = least(lm, "max_position_embeddings"), len(lm.get_input_embeddings().weight)
@@ -1119,11 +1145,12 @@ def plan(run: Run) -> int:
     weights = sum(weight.numel() for weight in run.scorer.parameters())
     state, training = (12, 16) if config.optimizer == "adamw" else (4, 8)  # bytes: see the top
     averages = 1 if config.average else 0  # in each saved state, and in a folder
+    folders = (config.rounds + 1 + averages) * (2 if config.bf16 else 4)
+    disk = (2 * (state + 4 * averages) + folders) * weights
     say(f"{weights:,} parameters: {training * weights / world / 1e9:.3g} GB a process with their "
         f"gradients and {config.optimizer}; in bf16 {weights / 5e8:.3g} more to play; besides, "
-        "activations")  # fmt: skip
-    folders = (config.rounds + 1 + averages) * (2 if config.bf16 else 4)
-    return (2 * (state + 4 * averages) + folders) * weights
+        f"activations and libraries. Disk: {disk / 1e9:.3g} GB")  # fmt: skip
+    return disk
 
 
 # -------------------------------------------------------- the story
@@ -1133,9 +1160,8 @@ def prepare(config: Config, began: str) -> Run:
     try:
         lm, tokenizer = load_model(config)
     except Exception as error:  # of many libraries
-        here = "" if os.path.exists(config.model) else "no such folder here; "
-        wanted = "a folder with weights, config.json, tokenizer, as OUT/round-1, or a hub name"
-        problem = f"cannot read --model {config.model} ({here}wanted: {wanted}): {error}"
+        wanted = "--model is a folder with weights and tokenizer, as OUT/round-1, or a hub name"
+        problem = unreadable(config.model, wanted, error)
     problem = next(filter(None, gather(problem)), None)  # rank 0 alone reads the weights
     require(not problem, problem)
     end = lm.generation_config.eos_token_id
@@ -1149,7 +1175,9 @@ def prepare(config: Config, began: str) -> Run:
         dropped += more
     else:
         wish = min(500, len(rows) // 10) if config.heldout < 0 else config.heldout
-        heldout = sorted(random.Random(config.seed).sample(rows, min(wish, len(rows) // 2)))
+        if wish > (most := len(rows) // 2):
+            say(f"--heldout {wish} is more than half of the usable rows: {most} are held out")
+        heldout = sorted(random.Random(config.seed).sample(rows, min(wish, most)))
         out_of_training = {row.number for row in heldout}
         rows = [row for row in rows if row.number not in out_of_training]
     rows = rows[: config.rows or None]
@@ -1166,7 +1194,8 @@ def main(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: leaving.append(number))
     transformers.utils.logging.disable_progress_bar()
-    say(f"preset {config.preset} (tiny: a world of ours, mistral-7b: your model, pairs), in {out}")
+    world = f"{config.model}, pairs of {config.data}" if config.data else "a world of ours"
+    say(f"{world}, on {device.type} in {'bf16' if config.bf16 else 'fp32'}, in {out}")
     free = config.dry_run or dist.get_rank() > 0 or lock(out / "lock")
     require(all(gather(free)), f"{out} is in use by another run: let it end, or use a new --out")
     page = out / "state" / "page"
@@ -1193,7 +1222,7 @@ def main(config: Config) -> None:
         state |= {"largest": 0.0, "seconds": {}, "peak_bytes": {}}
         run.save_state()
     averaged = f"{out / 'average'} (averaged weights), " if run.average else ""
-    say(f"done: {averaged}{out}/round-{state['round'] - 1} (the last ones)")
+    say(f"done: {averaged}{out}/round-{state['round'] - 1} (the last ones); more --rounds go on")
 
 
 if __name__ == "__main__":

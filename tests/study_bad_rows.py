@@ -129,7 +129,9 @@ def nested(depth: int, inside="x"):
 
 SIDES = ("prompt", "chosen", "rejected")
 ABSENT = {side: f"no {side}" for side in SIDES}  # fragments of the reasons
-ROLES, NO_TEXT, NO_JSON, EMPTY = "role order", "no text", "not a JSON object", "empty"
+TYPED = {side: f"{side} of type" for side in SIDES}
+ROLES, NO_JSON, NO_OBJECT, EMPTY = "role order", "not valid JSON", "not a JSON object", "empty"
+NAMES, NO_LIST, NO_TEXT = "rename its fields", "not of messages", "not text"
 UNICODE, EQUAL, APART = "not Unicode", "chosen equals rejected", "different prompts"
 STOPPED, CLASH = "after a stop token", "contradicts the conversation"
 TEXTS = {  # odd, and text all the same
@@ -184,6 +186,8 @@ LINES = {
     "brackets": lambda line, draw: b"[" * 100_000,
     "braces": lambda line, draw: b'{"a":' * 50_000,
     "a long number": lambda line, draw: b"9" * 5000,
+}
+VALUES = {
     "a list": lambda line, draw: b"[" + line + b"]",
     "a text": lambda line, draw: json.dumps(line.decode()).encode(),
     "null": lambda line, draw: b"null",
@@ -209,9 +213,10 @@ def faults(control: list[str], stop: str) -> list[tuple]:
 
         found += [(f"{side} missing", ABSENT[side], without)]
         for name, value in WRONG.items():
-            found += [(f"{side} is {name}", ABSENT[side], set_side(side, value))]
+            fate = (TYPED if value else ABSENT)[side]
+            found += [(f"{side} is {name}", fate, set_side(side, value))]
         for name, value in LISTS.items():
-            found += [(f"{side} is a list of {name}", NO_TEXT, set_side(side, value))]
+            found += [(f"{side} is a list of {name}", NO_LIST, set_side(side, value))]
         for name, blank in BLANKS.items():
             found += [(f"{side}: {name}", EMPTY, set_text(side, lambda t, d, b=blank: b))]
         for name, half in HALVES.items():
@@ -219,7 +224,8 @@ def faults(control: list[str], stop: str) -> list[tuple]:
             found += [(f"{side}: half a surrogate, {name}", UNICODE, spoil)]
         for name, value in CONTENTS.items():
             spoil = set_text(side, lambda t, d, v=value: v)
-            found += [(f"{side}: a message's text is {name}", NO_TEXT, spoil)]
+            fate = NO_TEXT if value else EMPTY
+            found += [(f"{side}: a message's text is {name}", fate, spoil)]
         for name, odd in TEXTS.items():
             found += [(f"{side}: {name}", USED, set_text(side, lambda t, d, o=odd: o + t[:40]))]
         for token in control:
@@ -229,8 +235,8 @@ def faults(control: list[str], stop: str) -> list[tuple]:
         found += [
             (f"{side}: 100,000 letters", USED, set_text(side, lambda t, d: t + "x y" * 33_334)),
             (f"{side}: 100,000 emoji", USED, set_text(side, lambda t, d: t[:9] + "🙂" * 100_000)),
-            (f"{side}: no text", NO_TEXT, set_turns(side, lambda m: m[:-1] + [{"role": "user"}])),
-            (f"{side}: no role", ROLES, set_turns(side, lambda m: [{"content": "x"}, *m[1:]])),
+            (f"{side}: no text", NAMES, set_turns(side, lambda m: m[:-1] + [{"role": "user"}])),
+            (f"{side}: no role", NAMES, set_turns(side, lambda m: [{"content": "x"}, *m[1:]])),
         ]
         for role in ("tool", "System", "USER", "", "human", None, ["user"], {"user": 1}, "user "):
             change = set_turns(side, lambda m, r=role: [*m[:-1], m[-1] | {"role": r}])
@@ -269,6 +275,7 @@ def faults(control: list[str], stop: str) -> list[tuple]:
         ("an empty object", ABSENT["chosen"], lambda row, draw: {}),
     ]  # fmt: skip
     found += [(f"line: {name}", NO_JSON, set_line(change)) for name, change in LINES.items()]
+    found += [(f"line: {name}", NO_OBJECT, set_line(change)) for name, change in VALUES.items()]
     found += [(f"line: {name}", USED, set_line(change)) for name, change in HARMLESS.items()]
     return found
 

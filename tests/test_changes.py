@@ -1,7 +1,9 @@
 """Each patch in tests/changes applies, is small, runs by the command in its header, and changes
 what it says: a control shows that the code as it stands does not do that."""
 
+import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -52,6 +54,14 @@ def output_of(folder: Path, words: list[str]) -> str:
     return done.stdout
 
 
+def loaded(folder: Path, name: str):
+    """A module of the changed code, beside the one that stands: no seconds for imports."""
+    spec = importlib.util.spec_from_file_location(f"{folder.name}.{name}", folder / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> Path:
     """The code as it stands, after the run that the patches' commands also make."""
@@ -79,39 +89,32 @@ def test_every_patch_has_a_test_below_and_few_lines():
 
 def test_spins_loss_reads_no_label(tmp_path, plain):
     """log pi(y-) no longer changes the loss; the run reaches its end."""
-    probe = (
-        "import torch, spac; ask = lambda y: spac.spac_loss((torch.zeros(1), torch.tensor([y]), "
-        "torch.ones(1)), (torch.zeros(1),) * 3, 1.0, float('inf'))[0].item(); "
-        "print(ask(0.0) == ask(2.0), ask(0.0))"
-    )
+
+    def loss(folder, rejected):
+        logps = torch.zeros(1), torch.tensor([rejected]), torch.ones(1)
+        start = (torch.zeros(1),) * 3
+        return loaded(folder, "spac").spac_loss(logps, start, 1.0, math.inf)[0].item()
+
     changed = copy_of_the_code(tmp_path, "spin_loss")
-    answer, loss = output_of(changed, ["-c", probe]).split()
-    assert answer == "True" and abs(float(loss) - 1.3132617) < 1e-6  # log(1 + e)
-    assert output_of(plain, ["-c", probe]).split()[0] == "False"
+    assert loss(changed, 0.0) == loss(changed, 2.0) == pytest.approx(math.log(1 + math.e), abs=1e-6)
+    assert loss(plain, 0.0) != loss(plain, 2.0)
     output_of(changed, command_of("spin_loss"))
     log = [json.loads(line) for line in open(changed / "out/changed/log.jsonl")]
-    pairs = "sum(w.reward(p['prompt'], p['chosen']) for p in w.pairs(4000, 9)) / 12000"
-    worth = output_of(
-        plain, ["-c", f"import train_mistral as t; w = t.CopyDigits(); print({pairs})"]
-    )
-    assert abs(log[-1]["average_reward"] - float(worth)) < 0.08  # it imitates the winners
+    world = loaded(plain, "train_mistral").CopyDigits()
+    worth = [world.reward(pair["prompt"], pair["chosen"]) for pair in world.pairs(4000, 9)]
+    assert abs(log[-1]["average_reward"] - sum(worth) / 12000) < 0.08  # it imitates the winners
 
 
 def test_another_world_rewards_another_answer(tmp_path, plain):
-    probe = (
-        "import train_mistral as t; w = t.CopyDigits(); "
-        "print(*(w.reward('210543=', y) for y in ('012345', '210543')))"
-    )
     changed = copy_of_the_code(tmp_path, "sorting_world")
-    assert float(output_of(changed, ["-c", probe]).split()[0]) == 3.0
-    assert float(output_of(plain, ["-c", probe]).split()[1]) == 3.0
-    output_of(changed, command_of("sorting_world"))
-    pairs = (
-        "import train_mistral as t; w = t.CopyDigits(); keys = 'chosen', 'rejected'; "
-        "print(sum(w.reward(r['prompt'], r[k]) for r in w.pairs(500, 0) for k in keys) / 3000)"
-    )
-    for folder in (changed, plain):  # of the best: .6 + .4 / 10, s.d. .006
-        assert 0.6 < float(output_of(folder, ["-c", pairs])) < 0.68
+    world, copying = (loaded(folder, "train_mistral").CopyDigits() for folder in (changed, plain))
+    assert world.reward("210543=", "012345") == copying.reward("210543=", "210543") == 3.0
+    assert world.reward("210543=", "210543") < 3.0 > copying.reward("210543=", "012345")
+    assert "done: " in output_of(changed, command_of("sorting_world"))
+    for here in (world, copying):  # of the best: .6 + .4 / 10, s.d. .006
+        rewards = [here.reward(p["prompt"], p[k]) for p in here.pairs(500, 0)
+                   for k in ("chosen", "rejected")]  # fmt: skip
+        assert 0.6 < sum(rewards) / 3000 < 0.68
 
 
 def test_a_critic_of_another_class_learns_as_well(tmp_path, plain):
@@ -137,7 +140,8 @@ def test_your_own_kind_of_row_is_read_or_counted(tmp_path, plain):
     shutil.copytree(plain / "out", changed / "out", dirs_exist_ok=True)
     words = command_of("scored_answers")
     said = output_of(changed, words)
-    assert "1 dropped: no answer is better" in said and "1 dropped: answers or scores" in said
+    assert "1 dropped, first row 13: no answer is better" in said
+    assert "1 dropped, first row 14: answers or scores" in said
     stopped = run(plain, *words)
     assert stopped.returncode and "no pair is left" in stopped.stderr
 

@@ -5,8 +5,10 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -224,3 +226,65 @@ def test_a_lucky_style_is_one_that_won_all_or_all_but_one_of_three_or_more(monke
     games = [(c, 0), (c, 1), (c, 0), (d, 1), (d, 0), (1, d), (e, 0), (e, 0), (0, f), (1, f), (f, 0)]
     monkeypatch.setattr(study, "pairs", lambda world, n, seed: fight(*games, (f, f)))
     assert study.lucky(300, [1]).tolist() == [[True, True] + [False] * 6]
+
+
+# -------------------------------------------------------- from tables to claims
+def table(last, average, rare=0.5, error=0.05) -> dict:
+    """Of three seeds, read twice in a run; last and average: the rewards at the end, by seed."""
+    end = {"last": np.array(last), "average": np.array(average)}
+    found = {f"{k} reward": np.stack([v * 0 + 0.3, v], 1) for k, v in end.items()}
+    found |= {f"{k} outside": np.full((3, 2), 0.25) for k in end}
+    found |= {f"{k} rare": np.full((3, 2, 8), rare) for k in end}
+    gaps = [[0.5, 0.5], [0.6, 0.6], [0.7, 0.7]]
+    terms = dict(regret=[0.1, 0.2, 0.3], doubt=[0.2, 0.25, 0.2], eps=[0.3, 0.25, 0.3])
+    terms = {k: np.repeat(np.array(v)[:, None], 2, 1) for k, v in terms.items()}
+    terms |= {"gap": np.array(gaps), "kl": np.array([[0.1, 0.2], [0.3, 0.1], [0.1, 0.1]])}
+    return found | {"certificate": terms | {"error": np.full(3, error)}}
+
+
+def test_an_interval_is_students():
+    values = np.random.default_rng(0).normal(size=16)
+    mean, low, high = study.interval(values)
+    known = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert [mean, low, high] == pytest.approx([values.mean(), known.low, known.high], rel=1e-12)
+
+
+def test_claims_are_made_of_the_tables_as_their_words_say(monkeypatch):
+    """Made-up tables: the best cell of a rival by each measure, SPAC with its other critic is no
+    rival, means at 300 pairs and the interval's low from 1,000 on."""
+    lucky = np.zeros((3, 8), bool)
+    lucky[0, 2] = lucky[2, 5] = True
+    monkeypatch.setattr(study, "lucky", lambda n, seeds: lucky)
+    ours = table([0.5] * 3, [0.9, 0.8, 0.7], rare=0.02)
+    dpo = [(dict(lr=1), table([0.95] * 3, [0.5, 0.6, 0.7], rare=0.9)),
+           (dict(lr=2), table([0.4] * 3, [0.8, 0.75, 0.55], rare=0.2))]  # fmt: skip
+    off = table([0.1] * 3, [0.6, 0.5, 0.7], error=0.02)
+    methods = {study.OURS: [({}, ours)], study.OFF: [({}, off)], "DPO": dpo}
+    methods[study.LINEAR] = [({}, table([1.0] * 3, [1.0] * 3))]
+    points = [("styles", 300), ("styles", 1000), ("copy", 300)]
+    claims, columns = study.judge(dict.fromkeys(points, methods), [1, 2, 3])
+    value = {name: claim["value"] for name, claim in claims.items()}
+    everywhere = [study.label(point) for point in points]
+    assert set(value["critic_matters"]) == set(value["certificate_adds_up"]) == {*everywhere}
+    half = stats.t.ppf(0.975, 2) * 0.05 / math.sqrt(3)  # of the leads .1, .05, .15
+    leads = dict(zip(everywhere, (0.1, 0.1 - half, 0.1)))
+    assert value["average_leads"] == pytest.approx(leads)
+    assert value["average_beats_oracle_stop"] == pytest.approx(dict.fromkeys(everywhere, -0.15))
+    assert value["critic_matters"] == pytest.approx(dict.fromkeys(everywhere, 0.2))
+    assert value["rare_doubted"] == pytest.approx(dict.fromkeys(everywhere[:2], 0.1))
+    assert value["certificate_adds_up"] == pytest.approx(dict.fromkeys(everywhere, 5.0))
+    told = columns["copy-300"]["DPO"]
+    assert (told["average"]["cell"], told["oracle stop"]["cell"]) == (dict(lr=2), dict(lr=1))
+    assert told["last"]["reward"] == pytest.approx([0.95] * 3)
+    assert columns["styles-300"]["lucky rare styles"]["count"] == 2
+
+
+def test_a_rival_is_spac_without_what_it_lacks():
+    at, cell = ("styles", 1000), dict(lr=3e-4, beta=0.3)
+    known = study.at(at, c=0.8) | cell
+    assert known["lam"] == pytest.approx(25.298221) and known["steps"] == study.POINTS[at]
+    assert study.rival("proximal", at, cell) == known | dict(critic="proximal")
+    assert study.rival("iterated DPO", at, cell) == known | dict(lam=math.inf)
+    dpo = study.rival("DPO", at, cell)
+    assert dpo == known | dict(lam=math.inf, rounds=1, steps=10 * known["steps"])
+    assert study.rival("RPO", at, cell) == dpo | dict(sft=pytest.approx(0.3 / 25.298221))

@@ -1568,3 +1568,35 @@ def test_rivals_are_judged_by_the_best_of_them_at_the_largest_n(monkeypatch):
     assert fails["share,sure"] == pytest.approx(np.mean(regrets["win share"]))
     others = [last[name] for name in last if not name.startswith("SPAC") and name != "RPO"]
     assert shared["rivals"] == pytest.approx(min(others))
+
+
+def test_the_price_of_coverage_is_read_off_a_contest_as_its_words_say(rng, monkeypatch):
+    """Made-up regrets, known in C and n: the worse of two worlds counts, the floor is Eq. 44's, the
+    method that knows r* stands outside of it, the plain rule is judged at the last C."""
+    base = {"SPAC theorem": 0.3, "SPAC plain": 2.0, "SPAC no C": 0.45, "RLHF greedy": 0.4,
+            "pessimistic MLE": 0.6}  # fmt: skip
+
+    def contest(points, names, seeds, rng):
+        asked.extend(n for _, n in points)
+        chances = [world.mu[0, 0, 0].item() for world, _ in points]
+        Cs = [(1 / p - 1) / 2 for p in chances]
+        found = {}
+        for name in names:
+            power = 0.7 if name == "SPAC plain" else 0.5
+            ends = [base[name] * C**power / n**0.5 for C, (_, n) in zip(Cs, points)]
+            found[name] = [torch.tensor([[e / 2, e]] * seeds).double() for e in ends]
+        return found, {}
+
+    asked = []
+    monkeypatch.setattr(bandit, "contest", contest)
+    claims, data = bandit.price(True, rng)
+    assert asked == [30_000] * 3 + [3000, 30_000, 300_000]
+    least = 0.4 * 12 * math.e * math.sqrt(bandit.slope_at(2.0) / 2)  # of those that know no r*
+    assert claims["lower_bound"]["value"]["regret/floor"] == pytest.approx(least)
+    cost = claims["coverage_cost"]["value"]
+    assert cost["slope"] == pytest.approx(0.5) and cost["no_C"] == pytest.approx(1.5)
+    assert cost["plain"] == pytest.approx(2 / 0.3 * 500**0.2)
+    in_C, in_n = data["panels"]
+    assert list(in_C["x"]) == [5, 50, 500] and list(in_n["x"]) == [3000, 30_000, 300_000]
+    floor = [math.sqrt(2 * C / bandit.slope_at(2.0) / 30_000) / 12 / math.e for C in (5, 50, 500)]
+    assert list(in_C["lines"]["lower bound"]["mean"]) == pytest.approx(floor)

@@ -664,7 +664,7 @@ def test_at_step_0_pi_is_pi_t_and_a_model_that_is_not_is_refused(tmp_path, capsy
     run.out.mkdir(exist_ok=True)
     with pytest.raises(SystemExit, match="pi is not pi_t"):
         tm.train(run, played, None)
-    assert "pi is pi_t to" in capsys.readouterr().out
+    assert "log pi is as in play to" in capsys.readouterr().out
 
 
 def test_every_weight_counts_in_the_digest_that_names_pi_t():
@@ -756,7 +756,7 @@ def test_a_revision_is_asked_for_wherever_something_comes_from_the_hub(tmp_path,
         asked.append((name, revision))
         return [PAIR] if split == "some" else []
 
-    monkeypatch.setattr(tm.datasets, "load_dataset", pairs)
+    monkeypatch.setattr(datasets, "load_dataset", pairs)
     argv = "--preset mistral-7b --model a/model@abc --data a/pairs@def --split some".split()
     config = tm.parse(argv)
     tm.load_model(config)
@@ -1010,26 +1010,34 @@ GOOD = [
 ]
 BAD = [
     ("not a JSON object", [None, 3, "text", [], True]),
-    ("no chosen", [{}, PAIR | {"chosen": None}, PAIR | {"chosen": 5}, PAIR | {"chosen": []}]),
-    ("no rejected", [PAIR | {"rejected": {}}, PAIR | {"rejected": 1.5}]),
-    ("no prompt", [{"chosen": "a", "rejected": "b"}, PAIR | {"prompt": 3}]),
-    ("no prompt", [PAIR | {"prompt": []}]),
+    ("no chosen", [{}, PAIR | {"chosen": None}, PAIR | {"chosen": []}]),
+    ("no rejected", [PAIR | {"rejected": {}}]),
+    ("no prompt", [{"chosen": "a", "rejected": "b"}, PAIR | {"prompt": []}]),
+    ("chosen of type int, not text or a list", [PAIR | {"chosen": 5}]),
+    ("chosen of type dict, not text or a list", [PAIR | {"chosen": A}]),
+    ("rejected of type float, not text or a list", [PAIR | {"rejected": 1.5}]),
+    ("prompt of type int, not text or a list", [PAIR | {"prompt": 3}]),
     ("wrong role order", [PAIR | {"prompt": [A]}, PAIR | {"prompt": [S]}]),
     ("wrong role order", [{"chosen": [U, U, A], "rejected": [U, U, B]}, PAIR | {"chosen": [U]}]),
     ("wrong role order", [PAIR | {"chosen": [{"role": ["x"], "content": "x"}]}]),
-    ("an empty or no text", [PAIR | {"chosen": ["x"]}, PAIR | {"chosen": [{"role": "user"}]}]),
-    ("an empty or no text", [PAIR | {"prompt": [U | {"content": [{"type": "text"}]}]}]),
-    ("an empty or no text", [PAIR | {"chosen": " \n"}]),
-    ("in a message of from, value", [PAIR | {"chosen": [{"from": "gpt", "value": "x"}]}]),
-    (
-        "no prompt",
-        [PAIR | {"prompt": ""}, {"prompt": {"a": 1}, "chosen": [U, A], "rejected": [U, B]}],
-    ),
-    ("no system", [PAIR | {"system": 5}, PAIR | {"system": {"role": "system", "content": "x"}}]),
+    ("a list of str, not of messages", [PAIR | {"chosen": ["x"]}]),
+    ("has role: rename its fields to role, content", [PAIR | {"chosen": [{"role": "user"}]}]),
+    ("has from, value: rename its", [PAIR | {"chosen": [{"from": "gpt", "value": "x"}]}]),
+    ("content of type list, not text", [PAIR | {"prompt": [U | {"content": [{"type": "text"}]}]}]),
+    ("an empty text", [PAIR | {"chosen": " \n"}, PAIR | {"chosen": [A | {"content": None}]}]),
+    ("an empty text", [PAIR | {"chosen": [A | {"content": " ", "thinking": "of nothing"}]}]),
+    ("no prompt", [PAIR | {"prompt": ""}]),
+    ("prompt of type dict", [{"prompt": {"a": 1}, "chosen": [U, A], "rejected": [U, B]}]),
+    ("system of type", [PAIR | {"system": 5}, PAIR | {"system": {"role": "system"}}]),
     ("contradicts", [{"prompt": "other", "chosen": [U, A], "rejected": [U, B]}]),
     ("contradicts", [{"prompt": [U, A, U], "chosen": [U, A, U, A], "rejected": [S, U, B]}]),
     ("wrong role order", [{"system": "x", "chosen": [S, U, A], "rejected": [S, U, B]}]),
     ("not read: input", [PAIR | {"input": "and this"}]),
+    ("not read: system_prompt", [PAIR | {"system_prompt": "Be brief."}]),
+    (
+        "write function_call",
+        [{"prompt": [U], "chosen": [A | {"function_call": {"name": "f"}}], "rejected": [B]}],
+    ),
     ("not read: instruction, history", [PAIR | {"instruction": "x", "history": [["a", "b"]]}]),
     ("the row has chosen, instruct", [{"instruct": "a", "chosen": "b", "rejected": "c"}]),
     (
@@ -1073,7 +1081,7 @@ def test_every_kind_of_bad_row_is_dropped_with_its_reason_and_good_ones_are_used
     argv = ["--preset", "mistral-7b", "--data", str(path), "--max_response", "50"]
     kept, dropped = tm.load_rows(str(path), word_tokenizer(), {2}, tm.parse(argv))
     assert [row.number for row in kept] == list(range(1, len(GOOD) + 1))  # control: those pass
-    expected = [reason for reason, bad in BAD for _ in bad] + ["not a JSON object"] * len(broken)
+    expected = [reason for reason, bad in BAD for _ in bad] + ["not valid JSON"] * len(broken)
     assert [d["row"] for d in dropped] == list(range(len(GOOD) + 1, len(lines + broken) + 1))
     for line, reason in zip(dropped, expected):
         assert reason in line["reason"], line
@@ -1173,8 +1181,9 @@ def test_every_form_of_a_file_gives_the_same_rows(tmp_path):
 
 def test_data_that_is_not_there_is_called_that_and_columns_not_read_are_named(tmp_path, capsys):
     config = tm.parse(["--preset", "mistral-7b", "--data", str(tmp_path / "none")])
-    with pytest.raises(SystemExit, match="no such file or folder here"):
+    with pytest.raises(SystemExit, match="no such file or folder here; wanted: .jsonl") as told:
         tm.load_rows(config.data, word_tokenizer(), {2}, config)
+    assert "\n" not in str(told.value)  # without the hub's advice on names
     (tmp_path / "a.json").write_text(json.dumps([PAIR | {"score": 3, "source": "x"}]))
     tm.load_rows(str(tmp_path / "a.json"), word_tokenizer(), {2}, config)
     assert "columns not read: score, source" in capsys.readouterr().out
@@ -1304,7 +1313,7 @@ def test_a_model_that_takes_no_mask_of_ours_scores_a_row_each(tmp_path, capsys, 
     torch.manual_seed(0)
     in_process(a_run_with(tmp_path, AutoModelForCausalLM.from_config(shape)))
     said = capsys.readouterr().out
-    assert ("take a row each" in said) == (kind != "llama4") and "done: " in said
+    assert ("each of its responses take a row" in said) == (kind != "llama4") and "done: " in said
 
 
 def test_a_plan_names_what_would_be_cut_and_a_missing_chat_template(tmp_path, capsys):
@@ -1936,7 +1945,10 @@ def test_your_model_and_your_pairs_take_the_same_road(tmp_path):
 
 def test_a_head_that_is_more_than_a_matrix_and_a_window_are_noticed(capsys):
     row = tm.Row(1, array("i", range(3, 20)), array("i", [5, 6, 7]), array("i", [8, 9]))
-    for window, words in ((None, "share one row"), (4, "take a row each")):
+    for window, words in (
+        (None, "its responses share a row"),
+        (4, "each of its responses take a row"),
+    ):
         lm = small_model(sliding_window=window)
         run = run_of(lm, [row], max_prompt=20)
         tm.check_model(run)
@@ -2085,7 +2097,8 @@ def test_a_plan_says_what_is_too_small_and_what_is_met_twice(tmp_path, capsys):
     in_process([*a_run_with(tmp_path, small_model(), rows=rows, heldout=9), "--dry_run"])
     said = capsys.readouterr().out
     assert "10 pairs to train on, 9 held out" in said
-    assert "steps a round teach little: lower --batch, or raise --epochs or --lr" in said
+    assert "1 steps a round teach little: --batch 1 makes 20, or raise --epochs" in said
+    assert "saved states: one a round; a lower --checkpoint_every saves within" in said
     assert "more than a fifth of the pairs is held out: lower --heldout" in said
     pairs = int(re.search(r"(\d+) of the held-out pairs are among", said)[1])
     prompts = int(re.search(r"(\d+) of the held-out prompts are among", said)[1])
@@ -2221,6 +2234,10 @@ def test_options_out_of_range_or_abbreviated_are_refused(capsys):
     ):
         with pytest.raises(SystemExit):
             tm.parse(argv)
+    said = capsys.readouterr().err
+    for told in ("lam 0.0: it must be above 0\n", "lr inf: it must be above 0 and finite\n",
+                 "warmup -0.1: it must be 0 or more and at most 1\n"):  # fmt: skip
+        assert told in said
     assert tm.parse(["--lam", "inf"]).lam == math.inf
     with pytest.raises(SystemExit):
         tm.parse(["--help"])
