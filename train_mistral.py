@@ -272,7 +272,8 @@ UNREAD += ["system_prompt", "system_message"]  # all would speak; the name for t
 def parsed(row):
     """A line of JSON becomes what it says; what is no JSON stays what it is: no dict."""
     with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(row) if isinstance(row, bytes) else row
+        row = json.loads(row) if isinstance(row, bytes) else row
+    return row
 
 
 def messages(turns, role: str) -> list[dict]:
@@ -1036,7 +1037,8 @@ def evaluate(run: Run) -> None:
         means |= {f"average_{k}": v for k, v in judge(run, f"average-{number}").items()}
         swap(run)
     took = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in spent["seconds"].items())
-    say(f"round {number}: {took}; peak {max(spent['peak_bytes'].values()) / 1e9:.2f} GB")
+    peak = max(spent["peak_bytes"].values(), default=0) / 1e9
+    say(f"round {number}: {took}; peak {peak:.2f} GB")
     means["max_implied_reward"] = run.state["largest"]
     run.log("log.jsonl", {"event": "round", "round": number} | means | spent)
     if number and dist.get_rank() == 0:
@@ -1130,7 +1132,8 @@ def plan(run: Run) -> int:
         f"{tokens:,} tokens a round, and the samples'; processes: {world}")  # fmt: skip
     if config.data and steps < 20:
         wish = max(1, len(run.rows) * config.epochs // 20)
-        say(f"    {steps} steps a round teach little: --batch {wish} makes 20, or raise --epochs")
+        makes = math.ceil(len(run.rows) / wish) * config.epochs
+        say(f"    {steps} steps a round are few: --batch {wish} makes {makes}; or more --epochs")
     if config.data and steps <= config.checkpoint_every:
         say("    saved states: one a round; a lower --checkpoint_every saves within a round too")
     if config.data and len(run.heldout) > len(run.rows) / 4:

@@ -258,7 +258,7 @@ def test_claims_are_made_of_the_tables_as_their_words_say(monkeypatch):
     ours = table([0.5] * 3, [0.9, 0.8, 0.7], rare=0.02)
     dpo = [(dict(lr=1), table([0.95] * 3, [0.5, 0.6, 0.7], rare=0.9)),
            (dict(lr=2), table([0.4] * 3, [0.8, 0.75, 0.55], rare=0.2))]  # fmt: skip
-    off = table([0.1] * 3, [0.6, 0.5, 0.7], error=0.02)
+    off = table([0.1] * 3, [0.7, 0.6, 0.5], error=0.02)
     methods = {study.OURS: [({}, ours)], study.OFF: [({}, off)], "DPO": dpo}
     methods[study.LINEAR] = [({}, table([1.0] * 3, [1.0] * 3))]
     points = [("styles", 300), ("styles", 1000), ("copy", 300)]

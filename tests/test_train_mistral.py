@@ -1152,7 +1152,7 @@ def test_a_model_that_cannot_be_read_stops_with_a_remedy(tmp_path):
     pairs.write_text("\n".join(map(json.dumps, tm.CopyDigits().pairs(4, 0))))
     argv = ["--preset", "mistral-7b", "--data", str(pairs), "--dry_run", "--model"]
     for name in ("nothing", "empty", "bare"):
-        with pytest.raises(SystemExit, match=f"cannot read --model .*{name}.*OUT/round-1"):
+        with pytest.raises(SystemExit, match=f"cannot read .*{name}.*--model is.*OUT/round-1"):
             in_process([*argv, str(tmp_path / name)])
     tm.CopyDigits().tokenizer().save_pretrained(tmp_path / "bare")
     in_process([*argv, str(tmp_path / "bare")])
@@ -1243,7 +1243,11 @@ def test_a_model_that_is_not_whole_or_not_causal_is_refused_and_the_reason_is_na
         ("BertForMaskedLM.* is needed", True, a_run_with(tmp_path / "d", bert)),
         ("quantized", True, edited(a_run_with(tmp_path / "e", lm), quantization_config=four_bits)),
         ("shape, .*embed_tokens", False, edited(a_run_with(tmp_path / "f", lm), vocab_size=23)),
-        ("cannot read --model", True, edited(a_run_with(tmp_path / "g", lm), model_type="unheard")),
+        (
+            "cannot read .*--model is",
+            True,
+            edited(a_run_with(tmp_path / "g", lm), model_type="unheard"),
+        ),
     ]
     for reason, by_shape, argv in cases:
         for words in ([*argv, "--dry_run"], argv):
@@ -2097,7 +2101,7 @@ def test_a_plan_says_what_is_too_small_and_what_is_met_twice(tmp_path, capsys):
     in_process([*a_run_with(tmp_path, small_model(), rows=rows, heldout=9), "--dry_run"])
     said = capsys.readouterr().out
     assert "10 pairs to train on, 9 held out" in said
-    assert "1 steps a round teach little: --batch 1 makes 20, or raise --epochs" in said
+    assert "2 steps a round are few: --batch 1 makes 10; or more --epochs" in said
     assert "saved states: one a round; a lower --checkpoint_every saves within" in said
     assert "more than a fifth of the pairs is held out: lower --heldout" in said
     pairs = int(re.search(r"(\d+) of the held-out pairs are among", said)[1])
@@ -2110,7 +2114,12 @@ def test_a_plan_says_what_is_too_small_and_what_is_met_twice(tmp_path, capsys):
     in_process([*a_run_with(tmp_path, small_model(), rows=large), "--dry_run"])  # control
     said = capsys.readouterr().out
     assert "180 pairs to train on, 20 held out" in said  # a tenth
-    assert "little" not in said and "fifth" not in said and "among" not in said
+    assert "are few" not in said and "fifth" not in said and "among" not in said
+    many = a_run_with(tmp_path, small_model(), rows=large[:100], heldout=60, epochs=2)
+    in_process([*many, "--batch", "9", "--dry_run"])
+    said = capsys.readouterr().out
+    assert "--heldout 60 is more than half of the usable rows: 50 are held out" in said
+    assert "12 steps a round are few: --batch 5 makes 20;" in said
 
 
 def test_a_console_shows_steps_out_of_all_and_supervision_in_ten_lines(straight):
