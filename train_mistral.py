@@ -115,8 +115,7 @@ def option(tiny, mistral_7b, help: str, choices=None, above=0, most=1e300):
 class Config:
     """Each value in the presets tiny and mistral-7b (our choice, not the paper's; yours too)."""
 
-    preset: str = option("tiny", "mistral-7b", "tiny: a world of ours; mistral-7b: your model and "
-                         "pairs, defaults for 7B", ["tiny", "mistral-7b"])  # fmt: skip
+    preset: str = option("tiny", "mistral-7b", "toy world; your 7B, pairs", ["tiny", "mistral-7b"])
     out: str = option("out/tiny", "out/mistral-7b", "folder of the run, new or to go on with")
     model: str = option("", SFT_MODEL, "where self-play starts: folder, or hub NAME[@REVISION]")
     data: str = option("", PAIRS, "pairs: .json[l][.gz], .parquet, folder, hub NAME[@REVISION]")
@@ -1132,8 +1131,7 @@ def plan(run: Run) -> int:
         f"{tokens:,} tokens a round, and the samples'; processes: {world}")  # fmt: skip
     if config.data and steps < 20:
         wish = max(1, len(run.rows) * config.epochs // 20)
-        makes = math.ceil(len(run.rows) / wish) * config.epochs
-        say(f"    {steps} steps a round are few: --batch {wish} makes {makes}; or more --epochs")
+        say(f"    {steps} steps a round are few: lower --batch, to {wish}, or raise --epochs")
     if config.data and steps <= config.checkpoint_every:
         say("    saved states: one a round; a lower --checkpoint_every saves within a round too")
     if config.data and len(run.heldout) > len(run.rows) / 4:
@@ -1197,6 +1195,8 @@ def main(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: leaving.append(number))
     transformers.utils.logging.disable_progress_bar()
+    if config.preset == "tiny":  # for so small a model the fastest, and on any cores the same bits
+        torch.set_num_threads(1)
     world = f"{config.model}, pairs of {config.data}" if config.data else "a world of ours"
     say(f"{world}, on {device.type} in {'bf16' if config.bf16 else 'fp32'}, in {out}")
     free = config.dry_run or dist.get_rank() > 0 or lock(out / "lock")
