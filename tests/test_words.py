@@ -624,9 +624,8 @@ MEASURED = {
             "{1.125} times the loss of who knows it; more elsewhere |"
         ): ("toy_bandit:claims.coverage_cost.value.no_C"),
         (
-            "| rare luck fools DPO, IPO, greedy RLHF, run to their minima | Eq. 33 | at 300,000 "
-            "pairs they lose {.112} at least (RLHF with a KL penalty {.075}), SPAC by rule "
-            "{.0006} at most |"
+            ", greedy RLHF, run to their minima | Eq. 33 | at 300,000 pairs they lose {.112} "
+            "at least (RLHF with a KL penalty {.075}), SPAC by rule {.0006} at most |"
         ): (
             "toy_bandit:claims.baselines_fail.value.rivals; "
             "toy_bandit:data.rivals.regrets.rare.RLHF + KL.3; "
