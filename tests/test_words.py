@@ -594,7 +594,7 @@ MEASURED = {
             "worlds:data.methods.copy-300.proximal.average.reward.0"
         ),
         (
-            "| RPO | a supervised term on the chosen response | near one proximal step (Eq. 40) "
+            "/2405.16436) | a supervised term on the chosen response | near one proximal step (Eq. 40) "
             "| {.92} | {.84} |"
         ): (
             "worlds:data.methods.styles-1000.RPO.average.reward.0; "
@@ -604,11 +604,11 @@ MEASURED = {
             "worlds:data.methods.styles-1000.iterated DPO.average.reward.0; "
             "worlds:data.methods.copy-300.iterated DPO.average.reward.0"
         ),
-        "| DPO, tuned | nothing | nothing: Eq. 32, 33 | {.90} | {.76} |": (
+        "/2305.18290), tuned | nothing | nothing: Eq. 32, 33 | {.90} | {.76} |": (
             "worlds:data.methods.styles-1000.DPO.average.reward.0; "
             "worlds:data.methods.copy-300.DPO.average.reward.0"
         ),
-        "| SPIN | samples y', no labels | imitates the chosen responses | {.69} | {.75} |": (
+        "/2401.01335) | samples y', no labels | imitates the chosen responses | {.69} | {.75} |": (
             "worlds:data.methods.styles-1000.SPIN.average.reward.0; "
             "worlds:data.methods.copy-300.SPIN.average.reward.0"
         ),
