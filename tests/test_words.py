@@ -594,7 +594,7 @@ MEASURED = {
             "worlds:data.methods.copy-300.proximal.average.reward.0"
         ),
         (
-            "/2405.16436) | a supervised term on the chosen response | near one proximal step (Eq. 40) "
+            ") | a supervised term on the chosen response | near one proximal step (Eq. 40) "
             "| {.92} | {.84} |"
         ): (
             "worlds:data.methods.styles-1000.RPO.average.reward.0; "
