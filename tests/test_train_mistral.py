@@ -1007,6 +1007,7 @@ GOOD = [
     },
     {"chosen": [S, U, A, U, A], "rejected": [S, U, A, U, B]},
     {"prompt": [U, A, U], "chosen": "one", "rejected": "two"},
+    {"prompt": "u", "chosen": [U, A, U, A], "rejected": [U, A, U, B]},
 ]
 BAD = [
     ("not a JSON object", [None, 3, "text", [], True]),
@@ -1329,6 +1330,8 @@ def test_a_plan_names_what_would_be_cut_and_a_missing_chat_template(tmp_path, ca
     in_process([*argv, "--dry_run", "--max_prompt", "6", "--max_response", "3"])
     said = capsys.readouterr().out
     assert "no chat template" in said and "3 prompts at --max_prompt, 3 answers at" in said
+    in_process([*argv, "--dry_run", "--max_prompt", "6", "--max_response", "99"])
+    assert "3 prompts at --max_prompt, 0 answers at" in capsys.readouterr().out
     in_process([*argv, "--dry_run", "--max_prompt", "99", "--max_response", "99"])
     assert "cut, if longer" not in capsys.readouterr().out  # control
 
@@ -1853,6 +1856,7 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(tmp_path, monkeypatch, ca
     in_process([*SHORT, "--dry_run"])
     assert torch.get_num_threads() == 1  # tiny's bits are those of any number of cores
     said = capsys.readouterr().out
+    assert "saved states" not in said  # advice for a reader's own data alone
     assert not list(tmp_path.iterdir())
     for word in ("pairs to train on", "held out", "dropped", "steps", "tokens", "parameters", "GB"):
         assert word in said
@@ -2122,6 +2126,10 @@ def test_a_plan_says_what_is_too_small_and_what_is_met_twice(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "--heldout 60 is more than half of the usable rows: 50 are held out" in said
     assert "12 steps a round are few: lower --batch, to 5," in said
+    in_process([*many, "--batch", "9", "--dry_run", "--epochs", "1"])
+    twice, once = (re.search(r"([\d,]+) tokens a round", text)[1].replace(",", "")
+                   for text in (said, capsys.readouterr().out))  # fmt: skip
+    assert int(twice) == 2 * int(once) > 0
 
 
 def test_a_console_shows_steps_out_of_all_and_supervision_in_ten_lines(straight):
@@ -2242,6 +2250,9 @@ def test_options_out_of_range_or_abbreviated_are_refused(capsys):
         ["--warmup", "-0.1"],
         ["--rows", "0"],
         ["--heldout", "-1"],
+        ["--model", "some/model"],
+        ["--data", "pairs.jsonl"],
+        ["--beside", "out/no-such-run"],
     ):
         with pytest.raises(SystemExit):
             tm.parse(argv)
@@ -2250,6 +2261,10 @@ def test_options_out_of_range_or_abbreviated_are_refused(capsys):
                  "warmup -0.1: it must be 0 or more and at most 1\n"):  # fmt: skip
         assert told in said
     assert tm.parse(["--lam", "inf"]).lam == math.inf
+    least = tm.parse(["--rows", "1", "--heldout", "0", "--average", "0", "--warmup", "1"])
+    assert (least.rows, least.heldout, least.average, least.warmup) == (1, 0, 0, 1)
+    of_preset = tm.parse(["--preset", "mistral-7b", "--rows", "0", "--heldout", "-1"])
+    assert (of_preset.rows, of_preset.heldout) == (0, -1)
     with pytest.raises(SystemExit):
         tm.parse(["--help"])
     said = capsys.readouterr().out
