@@ -3,7 +3,7 @@
 Seconds of the whole story; critic solves a second, batched, beside scipy's L-BFGS-B on the same
 problems in the same run; growth with pairs, prompts, responses and rounds. Medians over repetitions
 that take turns, so that a slow minute of the machine meets all alike. Writes OUT/bench_bandit.json
-(with clock times, hence never twice the same). Six minutes on two cores; --no_full: three.
+(with clock times, hence never twice the same). Three minutes on two quiet cores.
 """
 
 import argparse
