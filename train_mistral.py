@@ -1195,7 +1195,7 @@ def main(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: leaving.append(number))
     transformers.utils.logging.disable_progress_bar()
-    if config.preset == "tiny":  # for so small a model the fastest, and on any cores the same bits
+    if config.preset == "tiny":  # the same bits on any number of cores
         torch.set_num_threads(1)
     world = f"{config.model}, pairs of {config.data}" if config.data else "a world of ours"
     say(f"{world}, on {device.type} in {'bf16' if config.bf16 else 'fp32'}, in {out}")
